@@ -72,9 +72,7 @@ class Process(ABC):
             ValueError: unless exactly one prediction is given.
         """
         given = [
-            name
-            for name, p in (("x0", x0), ("eps", eps), ("v", v), ("v_prediction", v_prediction))
-            if p is not None
+            name for name, p in (("x0", x0), ("eps", eps), ("v", v), ("v_prediction", v_prediction)) if p is not None
         ]
         if len(given) != 1:
             raise ValueError(

@@ -152,16 +152,12 @@ def check_media(media: Tensor, modality: Modality) -> Tensor:
     if 0 in media.shape:
         raise ValueError(f"{modality} must not be empty; got {tuple(media.shape)}.")
     if modality != "audio" and media.shape[-3] != 3:
-        raise ValueError(
-            f"{modality} must be {want}; got {tuple(media.shape)}: channels come before height and width."
-        )
+        raise ValueError(f"{modality} must be {want}; got {tuple(media.shape)}: channels come before height and width.")
     if media.device.type == "cpu":
         low, high = media.detach().amin().item(), media.detach().amax().item()
         floor = -1.0 if modality == "audio" else 0.0
         if not (low >= floor - 1e-3 and high <= 1 + 1e-3):
-            raise ValueError(
-                f"{modality} must lie in [{floor:g}, 1]; got values from {low:.4g} to {high:.4g}."
-            )
+            raise ValueError(f"{modality} must lie in [{floor:g}, 1]; got values from {low:.4g} to {high:.4g}.")
     return media
 
 
@@ -172,14 +168,8 @@ def check_scores(scores: Tensor, count: int, name: str) -> Tensor:
         ValueError: a NaN reward is never a zero: it stops the run and names the samples.
     """
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (count,):
-        got = (
-            f"a tensor of shape {tuple(scores.shape)}"
-            if isinstance(scores, Tensor)
-            else type(scores).__name__
-        )
-        raise ValueError(
-            f"reward {name!r} must return one score per sample, a tensor of shape ({count},); got {got}."
-        )
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"reward {name!r} must return one score per sample, a tensor of shape ({count},); got {got}.")
     bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
