@@ -1,0 +1,55 @@
+"""The zoo: tiny, randomly initialised instances of diffusers' pipeline classes, offline, from our own configurations.
+
+>>> names()  # doctest: +SKIP
+['AceStep', ..., 'Wan_22', ...]
+>>> case = build("StableDiffusion3", seed=0)  # doctest: +SKIP
+>>> case.pipe(**case.inputs, num_inference_steps=case.steps, output_type=case.output_type)  # doctest: +SKIP
+
+One file per kind of family holds a plain dictionary ``BUILDERS`` from name to function. A name is the class name
+without "Pipeline", plus a few variants. ``NOT_TRIED`` says of every other class that diffusers exports why it is absent.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .case import Builder, Case
+
+__all__ = ["build", "names"]
+
+FILES = ("stable_diffusion", "sdxl", "sd3", "flux", "wan")
+
+
+def builders() -> dict[str, Builder]:
+    """Return every builder by name; imports diffusers' models on first use."""
+    table: dict[str, Builder] = {}
+    for file in FILES:
+        more = import_module(f"{__name__}.{file}").BUILDERS
+        if twice := table.keys() & more.keys():
+            raise ValueError(f"the zoo names {sorted(twice)} twice; the second time in {file}.py")
+        table |= more
+    return table
+
+
+def names() -> list[str]:
+    """Return the stable ids of all cases, sorted."""
+    return sorted(builders())
+
+
+def build(name: str, seed: int = 0) -> Case:
+    """Build one case.
+
+    Args:
+        name: One of :func:`names`.
+        seed: Two calls with the same seed give the same parameters; torch's global generator is left as it was.
+
+    Raises:
+        KeyError: For a name that is not in the zoo.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return builders()[name]()
