@@ -1,0 +1,148 @@
+"""Rewards by name: the dictionary, and the little language of reward specifications.
+
+    spec := term ("," term)*        term := name ["@" weights] [":" weight]
+
+``name`` is a key of ``REWARDS`` or a user's ``module:Class``; ``weights`` a hub id or a path, handed to the class as
+its argument ``weights``; ``weight`` a number, 1 where it is left out. A term's number is what stands after its last
+colon if that reads as a number, so ``my_module:MyReward:0.5`` works.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flowalign.protocols import Card, Reward
+
+__all__ = ["REWARDS", "Term", "cards", "load", "locate", "parse"]
+
+_HERE = "flowalign.rewards."
+
+REWARDS: dict[str, str] = {}
+"""Name to ``module:Class``; the class has a class attribute ``card``. One line per reward, in alphabetical order."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a specification: its name or dotted path, its weights (None: the published ones), its weight."""
+
+    name: str
+    weights: str | None = None
+    weight: float = 1.0
+
+
+def parse(spec: str) -> list[Term]:
+    """Split a specification into terms.
+
+    Raises:
+        ValueError: an empty term or a weight that is not finite.
+    """
+    terms = []
+    for part in spec.split(","):
+        text, weight = part.strip(), 1.0
+        head, _, tail = text.rpartition(":")
+        if head and _is_number(tail):
+            text, weight = head.strip(), float(tail)
+        name, _, weights = (s.strip() for s in text.partition("@"))
+        if not name or not math.isfinite(weight):
+            raise ValueError(
+                f"reward specification {spec!r} has a bad term {part!r}: write name[@weights][:weight], with commas."
+            )
+        terms.append(Term(name, weights or None, weight))
+    return terms
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def locate(name: str) -> Any:
+    """Return the class or factory that ``name`` (a key of ``REWARDS`` or ``module:attribute``) stands for.
+
+    Raises:
+        ValueError: no such reward; the nearest valid names are given. A user's module that fails to import, or lacks
+            the attribute, says so by name.
+    """
+    path = REWARDS.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, REWARDS, n=4, cutoff=0.4)
+        hint = f"Nearest: {', '.join(near)}." if near else f"Known: {', '.join(sorted(REWARDS))}."
+        raise ValueError(f"no reward is called {name!r}. {hint} A reward of your own is written module:Class.")
+    if name not in REWARDS and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the console script's path lacks the folder in which the user's module lies
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.split(".")[0] and error.name != module:
+            raise  # the module is there, something that it needs is not: its own message is the better one
+        raise ValueError(f"reward {name!r}: no module {module!r} is found; is its folder on PYTHONPATH?") from error
+    try:
+        return getattr(found, attribute)
+    except AttributeError as error:
+        near = difflib.get_close_matches(attribute, dir(found), n=3, cutoff=0.4)
+        raise ValueError(
+            f"reward {name!r}: {module} has no {attribute!r}; it has {', '.join(near) or 'none'}"
+        ) from error
+
+
+def load(
+    spec: str,
+    *,
+    device: torch.device | str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Reward:
+    """Build the reward that a specification names.
+
+    Args:
+        spec: see the module; several terms give their weighted sum.
+        device: where networks go; None leaves them on the CPU.
+        options: constructor arguments by reward name, e.g. ``{"clip": {"scale": 100}}``.
+
+    Raises:
+        ValueError: unknown names, with the nearest valid ones; options for a reward that the spec does not name.
+    """
+    terms = parse(spec)
+    options = dict(options or {})
+    stray = set(options) - {t.name for t in terms}
+    if stray:
+        raise ValueError(f"options for {sorted(stray)}, which the specification {spec!r} does not name.")
+    factories = [locate(t.name) for t in terms]  # all names are checked before any weights load
+    rewards = [_build(t, make, device, options.get(t.name, {})) for t, make in zip(terms, factories, strict=True)]
+    if len(terms) == 1 and terms[0].weight == 1.0:
+        return rewards[0]
+    from flowalign.rewards.algebra import Weighted
+
+    return Weighted(rewards, [t.weight for t in terms])
+
+
+def _build(term: Term, make: Any, device: torch.device | str | None, options: Mapping[str, Any]) -> Reward:
+    kwargs = dict(options)
+    if term.weights is not None:
+        kwargs["weights"] = term.weights
+    reward = make(**kwargs) if isinstance(make, type) or not isinstance(make, Reward) else make
+    if not isinstance(reward, Reward):
+        raise ValueError(
+            f"{term.name!r} gave a {type(reward).__name__}, not a reward: it needs a `card` and "
+            "__call__(media, prompts, meta) -> (B,) scores."
+        )
+    if device is not None and isinstance(reward, torch.nn.Module):
+        reward.to(device)
+    return reward
+
+
+def cards() -> list[Card]:
+    """Return the card of every known reward, by name; no weights are loaded."""
+    return [locate(name).card for name in sorted(REWARDS)]
