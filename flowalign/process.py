@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -80,6 +81,7 @@ class Process(ABC):
             )
         x = x.to(work_dtype(x))
         a, s = (per_sample(c, x) for c in self(t))
+        exact = None
         if x0 is not None:
             x0 = x0.to(x)
             eps = (x - a * x0) / s
@@ -88,14 +90,14 @@ class Process(ABC):
             x0 = (x - s * eps) / a
         elif v is not None:
             da, ds = (per_sample(c, x) for c in self.rates(t))
-            w, v = ds * a - s * da, v.to(x)
-            x0, eps = (ds * x - s * v) / w, (a * v - da * x) / w
+            w, exact = ds * a - s * da, v.to(x)
+            x0, eps = (ds * x - s * exact) / w, (a * exact - da * x) / w
         else:
             assert v_prediction is not None
             u = v_prediction.to(x)
             n = a**2 + s**2
             x0, eps = (a * x - s * u) / n, (s * x + a * u) / n
-        return Posterior(x0, eps, self, t)
+        return Posterior(x0, eps, self, t, exact)
 
     def forward(self, x_s: Float[Tensor, "b *d"], s: Time, t: Time, noise: Tensor) -> Float[Tensor, "b *d"]:
         """Re-noise from ``s`` to ``t ≥ s``: sample ``p(x_t | x_s)`` with the given noise."""
@@ -114,12 +116,23 @@ class Process(ABC):
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the network says at ``x_t``: ``E[x0 | x_t]`` and ``E[ε | x_t]``, both ``(B, *)``, of a process at time t."""
+    """What the network says at ``x_t``, of a process at time ``t``.
+
+    Attributes:
+        x0: ``E[x0 | x_t]``, ``(B, *)``.
+        eps: ``E[ε | x_t]``, ``(B, *)``.
+        process: the noising process.
+        t: one time or ``(B,)`` times.
+        v: the velocity as the network gave it, where it predicts one: no round-off through ``x0`` and ``ε``.
+        output: the raw network output, kept where a diffusers scheduler is to take the step itself.
+    """
 
     x0: Float[Tensor, "b *d"]
     eps: Float[Tensor, "b *d"]
     process: Process
     t: Time
+    v: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def score(self) -> Tensor:
@@ -129,6 +142,8 @@ class Posterior:
     @property
     def velocity(self) -> Tensor:
         """``v = α̇ E[x0|x] + σ̇ E[ε|x]``, the probability-flow ODE's right-hand side in t."""
+        if self.v is not None:
+            return self.v
         da, ds = self.process.rates(self.t)
         return per_sample(da, self.x0) * self.x0 + per_sample(ds, self.eps) * self.eps
 
@@ -138,16 +153,20 @@ class Posterior:
         ``x_t`` stays what it was, since ``α σ²/α g - σ σ g = 0``.
         """
         a, s = (per_sample(c, self.x0) for c in self.process(self.t))
-        return replace(self, x0=self.x0 + s**2 / a * gradient, eps=self.eps - s * gradient)
+        return Posterior(self.x0 + s**2 / a * gradient, self.eps - s * gradient, self.process, self.t)
 
     def detach(self) -> Posterior:
         """Return the same posterior cut from the graph."""
-        return replace(self, x0=self.x0.detach(), eps=self.eps.detach())
+        return self._map(Tensor.detach)
 
     def __getitem__(self, index: Tensor) -> Posterior:
         """Select samples along the batch dimension."""
-        t = self.t[index.to(self.t.device)] if isinstance(self.t, Tensor) and self.t.ndim else self.t
-        return Posterior(self.x0[index], self.eps[index], self.process, t)
+        return self._map(lambda x: x[index.to(x.device)])
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Posterior:
+        t = f(self.t) if isinstance(self.t, Tensor) and self.t.ndim else self.t
+        v, output = (None if z is None else f(z) for z in (self.v, self.output))
+        return Posterior(f(self.x0), f(self.eps), self.process, t, v, output)
 
 
 @dataclass(frozen=True)

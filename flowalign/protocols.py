@@ -74,7 +74,7 @@ class Pipeline(Protocol):
         ...
 
     def start(self, noise: Tensor, t: float, cond: Condition) -> Tensor:
-        """Turn standard normal ``(B, *shape)`` into initial states at time ``t`` (scaled; mixed with an input image)."""
+        """Turn standard normal ``(B, *shape)`` into states at time ``t``: scaled, or mixed with an input image."""
         ...
 
     def posterior(self, x: Tensor, t: Time, cond: Condition) -> Posterior:
