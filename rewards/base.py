@@ -64,12 +64,8 @@ def check_prompts(prompts: Sequence[str], meta: Meta | None, count: int) -> None
 def modality_of(media: Tensor, allowed: Sequence[Modality]) -> Modality:
     """Return which of the allowed modalities ``media`` is, by its number of dimensions; check it."""
     by_ndim: dict[int, Modality] = {4: "image", 5: "video", 3: "audio"}
-    kind = by_ndim.get(media.ndim) if isinstance(media, Tensor) else None
-    return check_and(media, kind if kind in allowed else allowed[0])
-
-
-def check_and(media: Tensor, kind: Modality) -> Modality:
-    """Check ``media`` as ``kind`` and return ``kind``."""
+    kind = by_ndim.get(media.ndim, allowed[0]) if isinstance(media, Tensor) else allowed[0]
+    kind = kind if kind in allowed else allowed[0]
     check_media(media, kind)
     return kind
 
@@ -89,24 +85,24 @@ class Operators:
     def __add__(self, other: Reward) -> Weighted:
         from flowalign.rewards.algebra import add
 
-        return add(self, other)  # type: ignore[arg-type]
+        return add(self, other)
 
     def __sub__(self, other: Reward) -> Weighted:
         from flowalign.rewards.algebra import add, scale
 
-        return add(self, scale(other, -1.0))  # type: ignore[arg-type]
+        return add(self, scale(other, -1.0))
 
     def __mul__(self, other: float | Reward) -> Weighted | Product:
         from flowalign.rewards.algebra import multiply, scale
 
-        return scale(self, float(other)) if isinstance(other, int | float) else multiply(self, other)  # type: ignore[arg-type]
+        return scale(self, float(other)) if isinstance(other, int | float) else multiply(self, other)
 
     __rmul__ = __mul__
 
     def __neg__(self) -> Weighted:
         from flowalign.rewards.algebra import scale
 
-        return scale(self, -1.0)  # type: ignore[arg-type]
+        return scale(self, -1.0)
 
 
 class Judge(Operators, nn.Module, ABC):
