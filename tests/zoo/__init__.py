@@ -6,7 +6,7 @@
 >>> case.pipe(**case.inputs, num_inference_steps=case.steps, output_type=case.output_type)  # doctest: +SKIP
 
 One file per kind of family holds a plain dictionary ``BUILDERS`` from name to function. A name is the class name
-without "Pipeline", plus a few variants. ``NOT_TRIED`` says of every other class that diffusers exports why it is absent.
+without "Pipeline", plus a few variants. ``NOT_TRIED`` says why any other class that diffusers exports is absent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "names"]
 
-FILES = ("stable_diffusion", "sdxl", "sd3", "flux", "wan")
+FILES = (
+    "stable_diffusion",
+    "sdxl",
+    "sd3",
+    "flux",
+    "flux2",
+    "wan",
+    "dit_image",
+    "qwen",
+    "ltx",
+    "video",
+    "audio",
+)
 
 
 def builders() -> dict[str, Builder]:

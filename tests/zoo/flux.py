@@ -7,11 +7,13 @@ from typing import Any
 import diffusers
 
 from .case import Builder, make
+from .media import picture
 from .stable_diffusion import SIZE
 from .text import WIDTH, clip_text, clip_tokenizer, t5, t5_tokenizer
 from .vaes import flow_vae
 
 TEXT = {"prompt": "a red circle", "guidance_scale": 3.5, "max_sequence_length": 16}
+KONTEXT = {"image": picture(), "max_area": 256, "_auto_resize": False}
 
 
 def transformer(**extra: Any) -> diffusers.FluxTransformer2DModel:
@@ -64,4 +66,5 @@ def parts(**extra: Any) -> dict[str, Any]:
 
 BUILDERS: dict[str, Builder] = {
     "Flux": lambda: make("Flux", parts(), TEXT | SIZE, "image", "flux"),
+    "FluxKontext": lambda: make("FluxKontext", parts(), TEXT | SIZE | KONTEXT, "image", "flux"),
 }

@@ -52,7 +52,17 @@ def v_prediction() -> diffusers.DDIMScheduler:
     )
 
 
+def consistency_parts() -> dict[str, Any]:
+    """Return the components of a latent consistency model: guidance is embedded like a time."""
+    return parts(unet=unet(time_cond_proj_dim=8), scheduler=diffusers.LCMScheduler(**BETAS))
+
+
+LCM = {"prompt": "a red circle", "guidance_scale": 8.0, "original_inference_steps": 50}
+
 BUILDERS: dict[str, Builder] = {
+    "LatentConsistencyModel": lambda: make(
+        "LatentConsistencyModel", consistency_parts(), LCM | SIZE, "image", "latent_consistency"
+    ),
     "StableDiffusion": lambda: make("StableDiffusion", parts(), TEXT | SIZE, "image", "stable_diffusion"),
     "SD15_v_prediction": lambda: make(
         "StableDiffusion", parts(scheduler=v_prediction()), TEXT | SIZE, "image", "stable_diffusion"

@@ -15,7 +15,7 @@ __all__ = ["WIDTH", "clip_text", "clip_tokenizer", "t5", "t5_tokenizer", "umt5"]
 
 WIDTH = 16
 HEADS = 2
-WORDS = (
+WORDS = (  # noqa: SIM905
     "a an the of in on and with at to is left right above below red green blue cyan yellow magenta white black grey "
     "circle circles square squares triangle triangles star stars two three four five one small large moving slow fast "
     "photo painting drawing picture image video sound music noise low high quality blurry bad good bell drum voice "
