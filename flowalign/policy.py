@@ -130,10 +130,27 @@ class Policy:
         """The noising process."""
         return self.denoiser.process
 
+    @contextmanager
+    def playing(self, role: str) -> Iterator[None]:
+        """Play a role for a block in which gradients may flow.
+
+        Any backward pass must end inside: the weights that the graph refers to are swapped back on leaving.
+
+        Raises:
+            KeyError: for an unknown role.
+        """
+        if role == "current":
+            yield
+            return
+        if role not in self.roles:
+            raise KeyError(f"this policy has no role {role!r}; it has current, {', '.join(self.roles) or 'no other'}.")
+        with self.roles[role].use():
+            yield
+
     def posterior(
         self, x: Tensor, t: Time, cond: Any = None, role: str = "current", *, checkpoint: bool = False
     ) -> Posterior:
-        """Evaluate the network in a role.
+        """Evaluate the network in a role; any role but ``current`` without a graph.
 
         Args:
             x: states ``(B, *)``.
@@ -149,9 +166,7 @@ class Policy:
         self.ledger.evaluations += len(x)
         if role == "current":
             return self._run(x, t, cond, checkpoint)
-        if role not in self.roles:
-            raise KeyError(f"this policy has no role {role!r}; it has current, {', '.join(self.roles) or 'no other'}.")
-        with self.roles[role].use(), torch.no_grad():
+        with self.playing(role), torch.no_grad():
             return self._run(x, t, cond, False)
 
     def _run(self, x: Tensor, t: Time, cond: Any, checkpoint: bool) -> Posterior:

@@ -97,10 +97,11 @@ class Nodes:
 
     def __getitem__(self, index: Tensor) -> Nodes:
         """Select nodes with everything that is known of them (posterior, step, memory)."""
-        fields = {
-            k: pick(v, index) if not isinstance(v, Posterior | Gaussian) else v[index] for k, v in vars(self).items()
-        }
-        return Nodes(**fields)
+
+        def take(v: Any) -> Any:
+            return v[index] if isinstance(v, Posterior | Gaussian) else pick(v, index)
+
+        return Nodes(**{k: take(v) for k, v in vars(self).items()})
 
     def join(self, other: Nodes) -> Nodes:
         """Return both sets of nodes as one, ``self`` first; what only one side knows is dropped."""

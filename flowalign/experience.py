@@ -1,0 +1,136 @@
+"""One iteration's experience: a genealogy, its media's rewards, and the means to ask for more.
+
+Everything a credit, an objective's batch or a learner may need, gathered by the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.kernels import EulerMaruyama, Kernel
+from flowalign.noise import Noise
+from flowalign.policy import Policy
+from flowalign.rollout import rollout
+from flowalign.trajectory import Nodes, Trajectory
+
+__all__ = ["Experience", "complete", "completions"]
+
+Scores = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # (x0 states, row) -> rewards by name
+ODE = EulerMaruyama()
+
+
+def completions(
+    policy: Policy, trajectory: Trajectory, cond: Any = None, *, kernel: Kernel = ODE, role: str = "current"
+) -> list[Tensor]:
+    """Finish every node of every level by the remaining steps of a deterministic kernel, as one staircase.
+
+    Level by level the completions already under way are joined by the nodes of that level: K network calls in sequence
+    instead of K(K+1)/2.
+
+    Returns:
+        The clean states ``(N_k, *)`` that the nodes of each level lead to; the last are the leaves themselves.
+    """
+    first, last = trajectory.first, len(trajectory.levels) - 1
+    nodes = {k: trajectory.at(k) for k in range(first, last)}
+    start = {k: Nodes.enter(n.x.detach(), n.row) for k, n in nodes.items()}
+    ends = rollout(
+        policy, kernel, trajectory.times, start, cond, noise=Noise(0), n_rows=trajectory.n_rows, role=role
+    ).leaves.x
+    return [*ends.split([len(n) for n in nodes.values()]), trajectory.leaves.x.detach()]
+
+
+def complete(
+    policy: Policy, x: Tensor, t: Tensor, cond: Any, steps: int, *, kernel: Kernel = ODE, role: str = "current"
+) -> Tensor:
+    """Finish states at their own times ``t (B,)`` in ``steps`` equal steps, all in one batch.
+
+    Args:
+        policy: a generator that takes per-sample times.
+        x: ``(B, *)``.
+        t: ``(B,)``; a state already at data time is returned as it is.
+        cond: of each state.
+        steps: network calls.
+        kernel: deterministic, without memory.
+        role: whose weights.
+    """
+    live = (t > 0).nonzero().flatten()
+    if not len(live):
+        return x
+    part, cond = x[live.to(x.device)], None if cond is None else cond[live]
+    with torch.no_grad():
+        for i in range(steps):
+            a, b = t[live] * (1 - i / steps), t[live] * (1 - (i + 1) / steps)
+            part = kernel(part, policy.posterior(part, a, cond, role), a, b)[0].mean
+    out = x.clone()
+    out[live.to(x.device)] = part.to(out)
+    return out
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one iteration gathered.
+
+    Attributes:
+        policy: the generator.
+        trajectory: the rollout.
+        cond: conditions by row.
+        group: group of each row, ``(n_rows,)``; a group may hold several rows (textual variations of one prompt).
+        rewards: by name, ``(N_leaves,)``.
+        weights: weight of each reward.
+        scores: judges further clean states.
+        seed: of the iteration, for whatever is drawn later.
+        iteration: number of the iteration.
+        media: the decoded leaves, where they were kept.
+    """
+
+    policy: Policy
+    trajectory: Trajectory
+    cond: Any
+    group: Tensor
+    rewards: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    scores: Scores
+    seed: int = 0
+    iteration: int = 0
+    media: Tensor | None = None
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of the rewards, ``(N_leaves,)``."""
+        return torch.stack([self.weights[k] * r for k, r in self.rewards.items()]).sum(0)
+
+    def judge(self, x0: Tensor, row: Tensor) -> Tensor:
+        """Return the weighted reward of clean states, ``(B,)``."""
+        return torch.stack([self.weights[k] * r for k, r in self.scores(x0, row).items()]).sum(0)
+
+    def completions(self, steps: int | None = None) -> list[Tensor]:
+        """Return the reward of the ODE completion of every node, by level (computed once).
+
+        Args:
+            steps: ODE steps of each completion; None for all that remain.
+        """
+        if steps not in self.cache:
+            tree = self.trajectory
+            nodes = [tree.at(k) for k in range(tree.first, len(tree.levels))]
+            if steps is None:
+                ends = completions(self.policy, tree, self.cond)
+            else:
+                ends = self._short(nodes, steps)
+            row = torch.cat([n.row for n in nodes[:-1]])
+            with torch.no_grad():
+                value = self.judge(torch.cat(ends[:-1]), row)
+            self.cache[steps] = [*value.split([len(n) for n in nodes[:-1]]), self.total.detach()]
+        return self.cache[steps]
+
+    def _short(self, nodes: list[Nodes], steps: int) -> list[Tensor]:
+        t = torch.cat([self.trajectory.times[self.trajectory.first + i].expand(len(n)) for i, n in enumerate(nodes)])
+        row = torch.cat([n.row for n in nodes])
+        known = None if self.cond is None else self.cond[row]
+        ends = complete(self.policy, torch.cat([n.x.detach() for n in nodes]), t, known, steps)
+        return list(ends.split([len(n) for n in nodes]))

@@ -1,0 +1,71 @@
+"""Balance losses of generative flow networks: sampling in proportion to ``p_ref exp(λ r)``.
+
+Relative trajectory balance (Venkatraman et al. 2405.20971), per lineage of a chain:
+
+    L = ( log Z + Σ_k [log p_θ(x_{k+1}|x_k) - log p_ref(x_{k+1}|x_k)] - λ r(x_K) )²
+
+Off-policy capable, no gradient through the sampler or the reward. Unless the chain is memoryless one scalar log Z cannot
+make it vanish: take ``vargrad`` (the batch mean of each row stands in for log Z) or one log Z per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.batches import Paths
+from flowalign.kernels import Kernel
+from flowalign.objectives.base import Losses, Objective, Wants, summary
+from flowalign.policy import Policy
+
+__all__ = ["TrajectoryBalance"]
+
+
+class TrajectoryBalance(Objective):
+    """Relative trajectory balance.
+
+    Args:
+        kernel: the law of a step.
+        scale: λ, reward in log units.
+        log_z: ``"vargrad"`` for the row's batch mean, or ``"learned"`` for one parameter per row key.
+        keys: number of prompts that learn a log Z of their own (``learned``).
+        subset: fraction of each lineage's steps that get a gradient, rescaled so that the gradient is unbiased.
+    """
+
+    wants: ClassVar[Wants] = "paths"
+
+    def __init__(self, kernel: Kernel, scale: float = 1.0, log_z: str = "vargrad", keys: int = 1) -> None:
+        super().__init__()
+        if log_z not in ("vargrad", "learned"):
+            raise ValueError(f"log_z must be 'vargrad' or 'learned'; got {log_z!r}.")
+        self.kernel, self.scale, self.mode = kernel, scale, log_z
+        self.log_z = nn.Parameter(torch.zeros(keys)) if log_z == "learned" else None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The reference."""
+        return ("reference",)
+
+    def residual(self, policy: Policy, batch: Paths, cond: Any = None) -> Tensor:
+        """Return the imbalance of each lineage without log Z, ``(P,)``."""
+        s = batch.steps
+        known = None if cond is None else cond[s.row]
+        law, _ = self.kernel(s.x, policy.posterior(s.x, s.t, known), s.t, s.s)
+        base, _ = self.kernel(s.x, policy.posterior(s.x, s.t, known, "reference"), s.t, s.s)
+        gain = law.log_prob(s.x_next) - base.log_prob(s.x_next)
+        path = batch.path.to(gain.device)
+        return gain.new_zeros(len(batch)).index_add(0, path, gain) - self.scale * batch.reward.to(gain)
+
+    def forward(self, policy: Policy, batch: Paths, cond: Any = None) -> Losses:
+        """Return the squared imbalance."""
+        r = self.residual(policy, batch, cond)
+        if self.log_z is None:
+            row = batch.row.to(r.device)
+            n = int(row.max()) + 1
+            count = torch.bincount(row, minlength=n).to(r).clamp_min(1)
+            constant = -(r.new_zeros(n).index_add(0, row, r.detach()) / count)[row]
+        else:
+            constant = self.log_z.to(r)[batch.row.to(r.device) % len(self.log_z)]
+        return Losses({"balance": ((r + constant) ** 2).mean()}, {"log_z": summary(constant), "imbalance": summary(r)})

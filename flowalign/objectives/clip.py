@@ -1,0 +1,123 @@
+"""The clipped policy gradient over transitions: DDPO, Flow-GRPO, DanceGRPO, CPS, MixGRPO, GRPO-Guard, trees.
+
+    loss = mean max( -A ρ, -A clip(ρ, 1-ε, 1+ε) ) + β KL
+
+What the papers call the ratio ρ is not always the ratio of densities, and the clip range depends on which one it is:
+
+    density   log ρ = log p - log p_old                                  the true density over all D dimensions
+    per_dim   log ρ = (log p - log p_old) / D                            everyone who descends from ddpo-pytorch
+    mse       log ρ = (log p - log p_old) · 2 std² / D                   CPS: -mean(x' - μ)², no variance, no constants
+    guard     log ρ = [(log p - log p_old)/D + mean(μ-μ_old)²/2std²]·std GRPO-Guard (2510.22319): mean 0, same spread at
+                                                                         every step; the loss is divided by (t - s)
+
+KL scales, named because β was published with each: ``exact`` (the Gaussians' own, per dimension), ``flow_grpo`` (that code
+divides by g² and not g² Δt), ``velocity`` (mean squared difference of the velocities).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.gaussian import Gaussian, sum_dims
+from flowalign.kernels import Kernel
+from flowalign.objectives.base import Losses, Objective, Wants, summary
+from flowalign.policy import Policy
+from flowalign.process import Posterior
+from flowalign.trajectory import Transitions
+
+__all__ = ["Clip"]
+
+Ratio = Literal["density", "per_dim", "mse", "guard"]
+KlScale = Literal["exact", "flow_grpo", "velocity"]
+
+
+class Clip(Objective):
+    """Clipped policy gradient.
+
+    Args:
+        kernel: the law under which the steps were taken.
+        epsilon: clip range, or (below, above); None for no clipping.
+        ratio: see the module.
+        kl: β.
+        kl_scale: see the module.
+    """
+
+    wants: ClassVar[Wants] = "transitions"
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        epsilon: float | tuple[float, float] | None = 1e-4,
+        ratio: Ratio = "per_dim",
+        kl: float = 0.0,
+        kl_scale: KlScale = "flow_grpo",
+    ) -> None:
+        super().__init__()
+        self.kernel, self.ratio, self.kl, self.kl_scale = kernel, ratio, kl, kl_scale
+        self.epsilon = (epsilon, epsilon) if isinstance(epsilon, float) else epsilon
+        if self.epsilon is not None and not (0 < self.epsilon[0] < 1 and self.epsilon[1] > 0):
+            raise ValueError(f"the clip range must lie in (0, 1); got {epsilon}. None switches clipping off.")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The reference, where the KL is on."""
+        return ("reference",) if self.kl else ()
+
+    def forward(self, policy: Policy, batch: Transitions, cond: Any = None) -> Losses:
+        """Return ``policy`` and ``kl`` losses of a minibatch of steps with advantages."""
+        known = None if cond is None else cond[batch.row]
+        posterior = policy.posterior(batch.x, batch.t, known)
+        law, _ = self.kernel(batch.x, posterior, batch.t, batch.s, batch.carry)
+        log_ratio = self.log_ratio(law, batch)
+        ratio = log_ratio.exp()
+        assert batch.weight is not None
+        gain = batch.weight.to(ratio) * ratio
+        clipped = gain
+        if self.epsilon is not None:
+            low, high = self.epsilon
+            clipped = batch.weight.to(ratio) * ratio.clamp(1 - low, 1 + high)
+        loss = -torch.minimum(gain, clipped)
+        if self.ratio == "guard":
+            loss = loss / (batch.t - batch.s).to(loss)
+        terms, metrics = {"policy": loss.mean()}, self._metrics(ratio)
+        if self.kl:
+            kl = self._kl(policy, posterior, law, batch, known)
+            terms["kl"] = self.kl * kl.mean()
+            metrics["kl"] = summary(kl)
+        return Losses(terms, metrics)
+
+    def log_ratio(self, law: Gaussian, batch: Transitions) -> Tensor:
+        """Return the logarithm of what this method calls the ratio, ``(M,)``."""
+        delta = law.log_prob(batch.x_next) - batch.log_prob
+        dims = batch.x[0].numel()
+        if self.ratio == "density":
+            return delta
+        if self.ratio == "per_dim":
+            return delta / dims
+        variance = sum_dims((law.std**2).expand_as(law.mean)) / dims
+        if self.ratio == "mse":
+            return delta * 2 * variance / dims
+        if batch.mean is None:
+            raise ValueError("the guarded ratio needs the old means: run the rollout with keep=True.")
+        bias = sum_dims((law.mean - batch.mean) ** 2) / dims / (2 * variance)
+        return (delta / dims + bias) * variance.sqrt()
+
+    def _kl(self, policy: Policy, posterior: Posterior, law: Gaussian, batch: Transitions, cond: Any) -> Tensor:
+        ref = policy.posterior(batch.x, batch.t, cond, "reference")
+        dims = batch.x[0].numel()
+        if self.kl_scale == "velocity":
+            return sum_dims((posterior.velocity - ref.velocity) ** 2) / dims
+        other, _ = self.kernel(batch.x, ref, batch.t, batch.s, batch.carry)
+        kl = law.kl(other) / dims
+        return kl * (batch.t - batch.s).to(kl) if self.kl_scale == "flow_grpo" else kl
+
+    def _metrics(self, ratio: Tensor) -> dict[str, Tensor]:
+        r = ratio.detach()
+        out = {"ratio": r.mean(), "ratio_gap": (r - 1).abs().max()}
+        if self.epsilon is not None:
+            low, high = self.epsilon
+            out["clipped"] = ((r < 1 - low) | (r > 1 + high)).float().mean()
+        return out
