@@ -22,6 +22,7 @@ __all__ = ["build", "names"]
 FILES = (
     "stable_diffusion",
     "sdxl",
+    "sd_control",
     "sd3",
     "flux",
     "flux2",

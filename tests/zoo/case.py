@@ -97,5 +97,7 @@ def make(
     name: str, parts: Mapping[str, Any], inputs: Mapping[str, Any], modality: str, family: str, **rest: Any
 ) -> Case:
     """Shorthand of the family files: ``name`` without "Pipeline", see :func:`assemble` and :class:`Case`."""
+    if "strength" in inputs:
+        rest = {"steps": 3, **rest}  # the first is skipped
     pipe = assemble(name if "Pipeline" in name else f"{name}Pipeline", parts)
     return Case(pipe=pipe, inputs=dict(inputs), modality=modality, family=family, **rest)

@@ -6,8 +6,9 @@ from typing import Any
 
 import diffusers
 
-from .case import Builder, make
-from .stable_diffusion import BETAS, SIZE, TEXT
+from .case import Builder, Case, make
+from .media import mask, picture
+from .stable_diffusion import BETAS, CHANGE, SIZE, TEXT
 from .stable_diffusion import unet as sd_unet
 from .text import WIDTH, clip_text, clip_tokenizer
 from .vaes import image_vae
@@ -45,6 +46,19 @@ def parts(**extra: Any) -> dict[str, Any]:
     }
 
 
+def xl(name: str, inputs: dict[str, Any], **changed: Any) -> Case:
+    """Return a pipeline of the SDXL family with some components changed."""
+    return make(name, parts(**changed), TEXT | inputs, "image", "stable_diffusion_xl")
+
+
 BUILDERS: dict[str, Builder] = {
-    "StableDiffusionXL": lambda: make("StableDiffusionXL", parts(), TEXT | SIZE, "image", "stable_diffusion_xl"),
+    "StableDiffusionXL": lambda: xl("StableDiffusionXL", SIZE),
+    "StableDiffusionXLImg2Img": lambda: xl("StableDiffusionXLImg2Img", CHANGE),
+    "StableDiffusionXLInpaint": lambda: xl("StableDiffusionXLInpaint", SIZE | CHANGE | {"mask_image": mask()}),
+    "SDXL_inpaint_9_channels": lambda: xl(
+        "StableDiffusionXLInpaint", SIZE | CHANGE | {"mask_image": mask()}, unet=unet(in_channels=9)
+    ),
+    "StableDiffusionXLInstructPix2Pix": lambda: xl(
+        "StableDiffusionXLInstructPix2Pix", SIZE | {"image": picture()}, unet=unet(in_channels=8)
+    ),
 }

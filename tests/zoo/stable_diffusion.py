@@ -6,7 +6,8 @@ from typing import Any
 
 import diffusers
 
-from .case import Builder, make
+from .case import Builder, Case, make
+from .media import mask, picture
 from .text import WIDTH, clip_text, clip_tokenizer
 from .vaes import image_vae
 
@@ -59,12 +60,32 @@ def consistency_parts() -> dict[str, Any]:
 
 LCM = {"prompt": "a red circle", "guidance_scale": 8.0, "original_inference_steps": 50}
 
+CHANGE = {"image": picture(), "strength": 0.9}
+
+
+def sd(name: str, inputs: dict[str, Any], **changed: Any) -> Case:
+    """Return a pipeline of the Stable Diffusion family with some components changed."""
+    return make(name, parts(**changed), inputs, "image", "stable_diffusion")
+
+
 BUILDERS: dict[str, Builder] = {
+    "StableDiffusion": lambda: sd("StableDiffusion", TEXT | SIZE),
+    "SD15_v_prediction": lambda: sd("StableDiffusion", TEXT | SIZE, scheduler=v_prediction()),
+    "SD15_ddpm": lambda: sd("StableDiffusion", TEXT | SIZE, scheduler=diffusers.DDPMScheduler(**BETAS)),
+    "StableDiffusionImg2Img": lambda: sd("StableDiffusionImg2Img", TEXT | CHANGE),
+    "StableDiffusionInpaint": lambda: sd(
+        "StableDiffusionInpaint", TEXT | SIZE | CHANGE | {"mask_image": mask()}, unet=unet(in_channels=9)
+    ),
+    "SD15_inpaint_4_channels": lambda: sd("StableDiffusionInpaint", TEXT | SIZE | CHANGE | {"mask_image": mask()}),
+    "StableDiffusionInstructPix2Pix": lambda: sd(
+        "StableDiffusionInstructPix2Pix",
+        TEXT | {"image": picture(), "image_guidance_scale": 1.5},
+        unet=unet(in_channels=8),
+    ),
     "LatentConsistencyModel": lambda: make(
         "LatentConsistencyModel", consistency_parts(), LCM | SIZE, "image", "latent_consistency"
     ),
-    "StableDiffusion": lambda: make("StableDiffusion", parts(), TEXT | SIZE, "image", "stable_diffusion"),
-    "SD15_v_prediction": lambda: make(
-        "StableDiffusion", parts(scheduler=v_prediction()), TEXT | SIZE, "image", "stable_diffusion"
+    "LatentConsistencyModelImg2Img": lambda: make(
+        "LatentConsistencyModelImg2Img", consistency_parts(), LCM | CHANGE, "image", "latent_consistency"
     ),
 }
