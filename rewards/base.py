@@ -2,7 +2,7 @@
 
 A subclass sets ``card`` and writes :meth:`Judge.score`. A user's reward needs none of this: any object with ``card``
 and ``__call__(media, prompts, meta)`` is a reward, and a plain function becomes one with
-:func:`flowalign.rewards.algebra.reward`.
+:func:`flowalign.rewards.function.reward`.
 
 Bad input is refused before the network runs: prompts that are not one string per sample, ``meta`` of another length,
 media outside its conventions. Scores that are NaN stop the run. A sample that cannot be judged (no quoted text, no
@@ -24,7 +24,7 @@ from flowalign.protocols import Card, Meta, Modality, Reward, check_media, check
 if TYPE_CHECKING:
     from flowalign.rewards.algebra import Product, Weighted
 
-__all__ = ["Judge", "Operators", "Unjudged", "check_prompts", "modality_of", "unique"]
+__all__ = ["Judge", "Unjudged", "check_prompts", "field", "modality_of", "unique"]
 
 
 class Unjudged(ValueError):
@@ -79,34 +79,11 @@ def unique(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(index), [index[p] for p in prompts]
 
 
-class Operators:
-    """``0.5 * a + b``, ``a - b``, ``a * b``, ``-a``: the natural part of :mod:`flowalign.rewards.algebra`."""
+class Judge(nn.Module, ABC):
+    """A reward with a network or without: frozen, in eval mode for good, computing outside any autocast.
 
-    def __add__(self, other: Reward) -> Weighted:
-        from flowalign.rewards.algebra import add
-
-        return add(self, other)
-
-    def __sub__(self, other: Reward) -> Weighted:
-        from flowalign.rewards.algebra import add, scale
-
-        return add(self, scale(other, -1.0))
-
-    def __mul__(self, other: float | Reward) -> Weighted | Product:
-        from flowalign.rewards.algebra import multiply, scale
-
-        return scale(self, float(other)) if isinstance(other, int | float) else multiply(self, other)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Weighted:
-        from flowalign.rewards.algebra import scale
-
-        return scale(self, -1.0)
-
-
-class Judge(Operators, nn.Module, ABC):
-    """A reward with a network or without: frozen, in eval mode for good, computing outside any autocast."""
+    ``0.5 * a + b``, ``a - b``, ``a * b`` and ``-a`` are rewards again: :mod:`flowalign.rewards.algebra`.
+    """
 
     card: Card
 
@@ -144,6 +121,28 @@ class Judge(Operators, nn.Module, ABC):
         """Raise :class:`Unjudged` if there is any reason to."""
         if reasons:
             raise Unjudged(self.card.name, scores, reasons)
+
+    def __add__(self, other: Reward) -> Weighted:
+        from flowalign.rewards.algebra import add
+
+        return add(self, other)
+
+    def __sub__(self, other: Reward) -> Weighted:
+        from flowalign.rewards.algebra import add, scale
+
+        return add(self, scale(other, -1.0))
+
+    def __mul__(self, other: float | Reward) -> Weighted | Product:
+        from flowalign.rewards.algebra import multiply, scale
+
+        return scale(self, float(other)) if isinstance(other, int | float) else multiply(self, other)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Weighted:
+        from flowalign.rewards.algebra import scale
+
+        return scale(self, -1.0)
 
 
 def field(meta: Meta | None, key: str, name: str, count: int) -> list[Any]:

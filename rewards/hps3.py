@@ -86,7 +86,8 @@ class HPS3(Judge):
         source = folder_or_id(base)
         self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self.tokenizer.add_special_tokens({"additional_special_tokens": [REWARD]})
-        self.special = self.tokenizer.convert_tokens_to_ids(REWARD)
+        special: Any = self.tokenizer.convert_tokens_to_ids(REWARD)
+        self.special = int(special)
         config: Any = Qwen2VLConfig.from_pretrained(source)
         path = find(weights, "HPSv3.safetensors")
         state = {k: v for k, v in read(path).items() if not k.startswith("lm_head.")}

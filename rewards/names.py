@@ -26,7 +26,19 @@ __all__ = ["REWARDS", "Term", "cards", "load", "locate", "parse"]
 
 _HERE = "flowalign.rewards."
 
-REWARDS: dict[str, str] = {}
+REWARDS: dict[str, str] = {
+    "aesthetic": _HERE + "aesthetic:Aesthetic",
+    "clip": _HERE + "clip:ClipScore",
+    "clip-hf": _HERE + "clip:HFClipScore",
+    "compressibility": _HERE + "jpeg:Compressibility",
+    "hps": _HERE + "hps:HPS",
+    "hps-crop": _HERE + "hps:HPSCrop",
+    "hps3": _HERE + "hps3:HPS3",
+    "imagereward": _HERE + "imagereward:ImageReward",
+    "incompressibility": _HERE + "jpeg:Incompressibility",
+    "ocr": _HERE + "ocr:OCR",
+    "pickscore": _HERE + "pickscore:PickScore",
+}
 """Name to ``module:Class``; the class has a class attribute ``card``. One line per reward, in alphabetical order."""
 
 
@@ -132,7 +144,10 @@ def _build(term: Term, make: Any, device: torch.device | str | None, options: Ma
     kwargs = dict(options)
     if term.weights is not None:
         kwargs["weights"] = term.weights
-    reward = make(**kwargs) if isinstance(make, type) or not isinstance(make, Reward) else make
+    ready = not isinstance(make, type) and isinstance(make, Reward)  # a function made a reward by its decorator
+    if ready and kwargs:
+        raise ValueError(f"{term.name!r} is a ready reward and takes no weights or options; got {sorted(kwargs)}.")
+    reward = make if ready else make(**kwargs)
     if not isinstance(reward, Reward):
         raise ValueError(
             f"{term.name!r} gave a {type(reward).__name__}, not a reward: it needs a `card` and "
