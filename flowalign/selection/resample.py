@@ -22,6 +22,8 @@ from flowalign.selection.base import Chosen, Selection, by_row
 
 __all__ = ["SCHEMES", "Resample", "ess"]
 
+BELOW_ONE = 1.0 - 2.0**-53
+
 
 def ess(log_w: Tensor) -> Tensor:
     """Return the effective sample size of log-weights ``(..., N)``."""
@@ -32,7 +34,8 @@ def _invert(weights: Tensor, u: Tensor) -> Tensor:
     """Return the ancestors of sorted or unsorted uniforms ``(R, M)``; an item of weight 0 is never drawn."""
     cdf = weights.cumsum(1)
     cdf = cdf / cdf[:, -1:]  # the last positive item then ends at exactly 1, and u < 1
-    return torch.searchsorted(cdf, u.contiguous(), right=True).clamp_max(weights.shape[1] - 1)
+    # (M - 1 + u) / M rounds up to 1 for the largest u < 1, and would point behind the last positive item
+    return torch.searchsorted(cdf, u.clamp_max(BELOW_ONE).contiguous(), right=True)
 
 
 def multinomial(weights: Tensor, u: Tensor) -> Tensor:
