@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -78,10 +78,12 @@ class Weights(Role):
         try:
             for p, c in zip(self.parameters, self.copies, strict=True):
                 p.data = c
+            torch.clear_autocast_cache()  # autocast remembers the bf16 copies of the weights that were just swapped
             yield
         finally:
             for p, c in zip(self.parameters, current, strict=True):
                 p.data = c
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -111,6 +113,7 @@ class Policy:
         roles: role name → how to play it; ``current`` is always there.
         ledger: what the evaluations are booked on.
         chunk: samples per forward pass where memory is short; None for all at once.
+        context: entered around every forward pass, in rollout and update alike (autocast, attention backend).
     """
 
     def __init__(
@@ -119,11 +122,13 @@ class Policy:
         roles: Mapping[str, Role] | None = None,
         ledger: Ledger | None = None,
         chunk: int | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.denoiser = denoiser
         self.roles = dict(roles or {})
         self.ledger = ledger if ledger is not None else Ledger()
         self.chunk = chunk
+        self.context = context
 
     @property
     def process(self) -> Process:
@@ -183,11 +188,13 @@ class Policy:
 
     def _call(self, x: Tensor, t: Time, cond: Any, checkpoint: bool) -> Posterior:
         if not (checkpoint and torch.is_grad_enabled()):
-            return self.denoiser.posterior(x, t, cond)
+            with self.context():
+                return self.denoiser.posterior(x, t, cond)
         kept: dict[str, Any] = {}
 
         def forward(x: Tensor, t: Time) -> tuple[Tensor, ...]:
-            p = self.denoiser.posterior(x, t, cond)
+            with self.context():
+                p = self.denoiser.posterior(x, t, cond)
             kept["has"] = (p.v is not None, p.output is not None)
             return tuple(z for z in (p.x0, p.eps, p.v, p.output) if z is not None)
 
