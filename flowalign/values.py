@@ -6,6 +6,7 @@ function ``(x0 states, row) → (B,)``; methods make it from a pipeline's decode
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Draws(Value):
         """Return the soft mean of the rewards of the draws."""
         std = self.spread(t).to(posterior.x0).reshape(-1, *[1] * (x.ndim - 1))
         r = torch.stack([self.score(posterior.x0 + std * z.to(posterior.x0), row) for z in self.noise])
-        return (torch.logsumexp(self.scale * r, 0) - torch.log(torch.tensor(float(len(r))))) / self.scale
+        return (torch.logsumexp(self.scale * r, 0) - math.log(len(r))) / self.scale
 
 
 @dataclass(frozen=True)
