@@ -146,8 +146,9 @@ class SecondOrder(Kernel):
             lam_before = lam_before.to(lam_t).reshape(-1)
             w = (0.5 * (lam_s - lam_t) / (lam_t - lam_before)).expand(len(x))
             # into σ = 0 the log-SNR jumps to infinity, from σ_max it came from -infinity: first order there
+            # NaN marks a node that entered just now and has no step before
             w = per_sample(torch.where(torch.isfinite(w), w, 0.0), x)
-            d = d + w * (d - before)
+            d = d + w * torch.where(w != 0, d - before, 0.0)
         decay = torch.where(s_s > 0, s_s / s_t, torch.zeros_like(s_t))
         gain = torch.where(s_s > 0, a_s - decay * a_t, a_s)  # -α_s (e^{-h} - 1) without 0 · inf
         mean = per_sample(decay, x) * x + per_sample(gain, x) * d

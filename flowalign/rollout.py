@@ -127,9 +127,7 @@ def advance(
     nodes = evaluate(policy, nodes, t, cond, guide=guide, role=role, checkpoint=checkpoint)
     posterior = nodes.posterior
     assert posterior is not None
-    prior, carry = (
-        (nodes.step, nodes.carry) if nodes.step is not None else kernel(nodes.x, posterior, t, s, nodes.carry)
-    )
+    prior, carry = kernel(nodes.x, posterior, t, s, nodes.carry)  # cheap, and right for a new s or a moved law
     nodes_out = replace(nodes, step=prior)
     proposal, gain = _proposal(kernel, nodes, prior, t, s, guide)
     index = torch.arange(len(nodes)) if parents is None else parents
@@ -317,6 +315,11 @@ def _check(
         raise ValueError(
             "a guide that differentiates the network cannot be taped: its own gradient would need second derivatives. "
             "Sample with the guide first and train on the samples, or leave the guide out."
+        )
+    if potential is not None and len(entries) > 1:
+        raise ValueError(
+            f"a potential follows every lineage from one level, and nodes enter at levels {sorted(entries)}: their "
+            "weights would not be comparable. Roll out once per entry level, or leave the potential out."
         )
     if potential is not None and value is None:
         raise ValueError("a potential weighs values: give rollout(value=...) too, e.g. Tweedie(score).")

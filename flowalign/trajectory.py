@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowalign.gaussian import Gaussian
-from flowalign.process import Posterior
+from flowalign.process import Posterior, Time
 
 __all__ = ["Nodes", "Trajectory", "Transitions", "pick", "ranks", "row_lse"]
 
@@ -104,7 +104,11 @@ class Nodes:
         return Nodes(**{k: take(v) for k, v in vars(self).items()})
 
     def join(self, other: Nodes) -> Nodes:
-        """Return both sets of nodes as one, ``self`` first; what only one side knows is dropped."""
+        """Return both sets of nodes as one, ``self`` first; what only one side knows is dropped.
+
+        The kernel's memory is not: it is what the other nodes' next step depends on. Nodes without one get NaN, which
+        a kernel takes for "no memory".
+        """
 
         def cat(a: Any, b: Any) -> Any:
             if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -113,13 +117,35 @@ class Nodes:
                 return tuple(cat(p, q) for p, q in zip(a, b, strict=True))
             if isinstance(a, Gaussian) and isinstance(b, Gaussian):
                 return Gaussian(cat(a.mean, b.mean), cat(_full_std(a), _full_std(b)))
+            if isinstance(a, Posterior) and isinstance(b, Posterior):
+                return Posterior(
+                    cat(a.x0, b.x0), cat(a.eps, b.eps), a.process, _join_times(a, b), cat(a.v, b.v),
+                    cat(a.output, b.output),
+                )  # fmt: skip
             return None
 
-        return Nodes(**{k: cat(v, getattr(other, k)) for k, v in vars(self).items()})
+        fields = {k: cat(v, getattr(other, k)) for k, v in vars(self).items()}
+        if (self.carry is None) != (other.carry is None):
+            mine = _forgotten(other.carry, len(self)) if self.carry is None else self.carry
+            fields["carry"] = cat(mine, _forgotten(self.carry, len(other)) if other.carry is None else other.carry)
+        return Nodes(**fields)
 
     def bare(self) -> Nodes:
         """Return the nodes without what the network said: for storage."""
         return replace(self, posterior=None, gradient=None, step=None, carry=None)
+
+
+def _join_times(a: Posterior, b: Posterior) -> Time:
+    if not (isinstance(a.t, Tensor) and a.t.ndim) and not (isinstance(b.t, Tensor) and b.t.ndim) and a.t == b.t:
+        return a.t
+    return torch.cat([torch.as_tensor(p.t, dtype=torch.float64).expand(len(p.x0)) for p in (a, b)])
+
+
+def _forgotten(carry: Any, n: int) -> Any:
+    """Return a memory of n nodes that have none, in the shape of another's."""
+    if isinstance(carry, Tensor):
+        return carry.new_full((n, *carry.shape[1:]), torch.nan)
+    return tuple(_forgotten(c, n) for c in carry)
 
 
 def _full_std(g: Gaussian) -> Tensor:
