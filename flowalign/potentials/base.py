@@ -24,6 +24,11 @@ class Potential(ABC):
     scale: float = 1.0
     levels: Callable[[int], bool] | None = None
 
+    @property
+    def unbiased(self) -> bool:
+        """Whether ``E[Ẑ] = Z`` for any number of particles; not so where the potential looks at the particles."""
+        return True
+
     def active(self, level: int, last: bool) -> bool:
         """Return whether values are needed at this level."""
         return last or self.levels is None or self.levels(level)

@@ -35,6 +35,11 @@ class Tempered(Potential):
     schedule: Callable[[float], float] | None = None
     target: float = 0.9
 
+    @property
+    def unbiased(self) -> bool:
+        """Whether the schedule was fixed beforehand."""
+        return self.schedule is not None
+
     def gain(
         self, t: float, value: Tensor, own: Any, total: Tensor, log_w: Tensor, row: Tensor, n_rows: int
     ) -> tuple[Tensor, Any]:
