@@ -150,8 +150,8 @@ class Posterior:
     def guided(self, gradient: Tensor) -> Posterior:
         """Add ``gradient`` to the score (Flow-NRG, classifier guidance): ``x0 += σ²/α g``, ``ε -= σ g``.
 
-        ``x_t`` stays what it was, since ``α σ²/α g - σ σ g = 0``. Where α = 0 the state knows nothing of the data, every value
-        is flat, and the posterior is returned as it is.
+        ``x_t`` stays what it was, since ``α σ²/α g - σ σ g = 0``. Where α = 0 the state knows nothing of the data,
+        every value is flat, and the posterior is returned as it is.
         """
         a, s = (per_sample(c, self.x0) for c in self.process(self.t))
         gradient = torch.where(a > 0, gradient, 0.0)

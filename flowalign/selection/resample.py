@@ -95,7 +95,8 @@ def ssp(weights: Tensor, u: Tensor) -> Tensor:
         i = torch.where(frac[:, j] > 1e-9, j, i)
     short = (m - counts.sum(1)).long()
     counts[r, i] += short.clamp_min(0).to(counts)  # round-off may leave one unit open, and it belongs to the open item
-    return torch.stack([torch.arange(n).repeat_interleave(c.long())[:m] for c in counts])
+    slots = torch.arange(m, dtype=u.dtype).expand(rows, m).contiguous()
+    return torch.searchsorted(counts.cumsum(1), slots, right=True)
 
 
 SCHEMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
