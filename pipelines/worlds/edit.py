@@ -1,0 +1,132 @@
+"""`shapes-edit`: move, turn or resize the named object; everything else must stay.
+
+    "move the red circle left"   left, right, up, down: by 5 to 11 pixels, the other axis stays
+    "turn the blue bar clockwise"  clockwise, counterclockwise: by 20 to 40 degrees (circles cannot be turned)
+    "make the cyan square bigger"  bigger, smaller: r times 1.3 to 1.6, or divided by it
+
+A scene has two or three objects of different colours, so the name is unambiguous; where the instruction leaves the
+amount open the data are spread over it. Some compositions (operation × colour × shape) are withheld from the model,
+others only from alignment: :func:`compositions`.
+
+The model is a ``FluxControlPipeline`` of stock parts (:mod:`~flowalign.pipelines.worlds.parts`): the source picture is
+its ``control_image``. The pipeline has no classifier-free guidance; it is called with ``height=32, width=32,
+max_sequence_length=16``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.pipelines.worlds.canvas import COLOURS, SHAPES, Scene, draw_scene, render, uniform
+
+__all__ = ["EDITS", "EditBatch", "Split", "compositions", "draw", "instruction"]
+
+Split = Literal["base", "train", "select", "report", "withheld"]
+EDITS = {
+    "left": "move the {} left",
+    "right": "move the {} right",
+    "up": "move the {} up",
+    "down": "move the {} down",
+    "clockwise": "turn the {} clockwise",
+    "counterclockwise": "turn the {} counterclockwise",
+    "bigger": "make the {} bigger",
+    "smaller": "make the {} smaller",
+}
+CATEGORY = dict(zip(EDITS, ["move"] * 4 + ["turn"] * 2 + ["resize"] * 2, strict=True))
+MOVE, TURN, GROW, RADIUS = (5.0, 11.0), (20.0, 40.0), (1.3, 1.6), (3.4, 4.2)
+TRIES = 160  # layouts drawn for one that is kept: about 1 in 40 has room for three objects and an edit
+
+
+def instruction(edit: int, colour: int, shape: int) -> str:
+    """Return the words of an edit, given indices into :data:`EDITS`, :data:`COLOURS` and :data:`SHAPES`."""
+    return list(EDITS.values())[edit].format(f"{list(COLOURS)[colour]} {SHAPES[shape]}")
+
+
+@lru_cache(maxsize=8)
+def compositions(split: Split) -> tuple[tuple[int, int, int], ...]:
+    """Return the (edit, colour, shape) of a split.
+
+    A Latin pattern decides, so that every edit, colour and shape, and every pair of them, occurs in ``train``:
+    ``withheld`` (1/12) is never shown to the base model; ``select`` and ``report`` (1/12 each) are shown to it but not
+    used in alignment; ``train`` is the rest, and ``base`` all but ``withheld``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    parts = {"withheld": {0}, "select": {4}, "report": {8}}
+    every = {"base": set(range(12)) - {0}, "train": set(range(12)) - {0, 4, 8}, **parts}
+    if split not in every:
+        raise ValueError(f"split must be one of {', '.join(every)}; got {split!r}.")
+    turnable = [(e, c, s) for e in range(8) for c in range(6) for s in range(4) if not (e in (4, 5) and s == 0)]
+    return tuple(x for x in turnable if (2 * x[0] + 5 * x[1] + 3 * x[2]) % 12 in every[split])
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """``source`` and ``target`` pictures ``(B, 3, 32, 32)`` in [0, 1] and the words between them.
+
+    ``edit`` ``(B,)`` indexes :data:`EDITS`; the scenes are what was drawn, the edited object is object 0 in both.
+    """
+
+    source: Tensor
+    target: Tensor
+    prompts: list[str]
+    edit: Tensor
+    before: Scene
+    after: Scene
+
+    def meta(self) -> list[dict[str, Tensor]]:
+        """Return what the judge needs besides the words: the source pictures."""
+        return [{"image": image} for image in self.source]
+
+
+def apply(scene: Scene, edit: Tensor, generator: torch.Generator) -> Scene:
+    """Return the scene after edit ``(B,)`` of object 0, by a random amount."""
+    n = len(scene)
+    move, turn = uniform(generator, *MOVE, n), uniform(generator, *TURN, n) * math.pi / 180
+    grow = uniform(generator, *GROW, n)
+    zero = torch.zeros_like(move)
+    dx = torch.where(edit == 0, -move, torch.where(edit == 1, move, zero))
+    dy = torch.where(edit == 2, -move, torch.where(edit == 3, move, zero))
+    da = torch.where(edit == 4, turn, torch.where(edit == 5, -turn, zero))
+    k = torch.where(edit == 6, grow, torch.where(edit == 7, 1 / grow, zero + 1))
+    first = torch.zeros_like(edit)
+    return scene.with_object(
+        first, x=scene.x[:, 0] + dx, y=scene.y[:, 0] + dy, angle=scene.angle[:, 0] + da, r=scene.r[:, 0] * k
+    )
+
+
+def scenes(generator: torch.Generator, n: int, split: Split) -> tuple[Scene, Scene, Tensor]:
+    """Return ``n`` scenes before and after, and the edits ``(n,)``; each has room for its edit.
+
+    Every row draws its composition first and then :data:`TRIES` layouts, of which it keeps the first that has room, so
+    that no edit is rarer for needing more of it; the few rows without luck (2 %) repeat another row.
+    """
+    device = generator.device
+    table = torch.tensor(compositions(split), device=device)
+    which = table[torch.randint(len(table), (n,), generator=generator, device=device)].repeat_interleave(TRIES, 0)
+    third = (torch.rand(n, generator=generator, device=device) < 0.5).repeat_interleave(TRIES)
+    scene = draw_scene(generator, n * TRIES, 3, RADIUS)
+    # the named object's colour trades places with whichever object had it
+    swapped = torch.where(scene.colour == which[:, 1:2], scene.colour[:, :1], scene.colour)
+    scene.here[:, 2] = third
+    scene = replace(scene, colour=swapped).with_object(torch.zeros_like(third).long(), colour=which[:, 1], shape=which[:, 2])
+    after = apply(scene, which[:, 0], generator)
+    room = (scene.apart() & after.apart()).reshape(n, TRIES)
+    pick = torch.arange(n, device=device) * TRIES + room.int().argmax(1)
+    lucky = room.any(1).nonzero()[:, 0]
+    pick = torch.where(room.any(1), pick, pick[lucky[torch.arange(n, device=device) % len(lucky)]])
+    return scene[pick], after[pick], which[pick, 0]
+
+
+def draw(generator: torch.Generator, n: int, split: Split = "base") -> EditBatch:
+    """Draw ``n`` edits of a split with their pictures, on the generator's device."""
+    before, after, edit = scenes(generator, n, split)
+    names = torch.stack([edit, before.colour[:, 0], before.shape[:, 0]], 1).tolist()
+    return EditBatch(render(before), render(after), [instruction(*x) for x in names], edit, before, after)
