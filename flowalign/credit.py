@@ -10,7 +10,6 @@ the whole batch (population std + 1e-4), DanceGRPO, MixGRPO and G²RPO scale by 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flowalign.experience import Experience
+from flowalign.state import Stateful
 
 __all__ = ["Credit", "Gains", "Group", "Levels", "Normalise", "Tree", "group_mean"]
 
@@ -74,21 +74,12 @@ class Normalise:
         return (total / (count - int(self.unbiased)).clamp_min(1)).sqrt()
 
 
-class Credit(ABC):
+class Credit(Stateful, ABC):
     """Credits every step of a rollout."""
 
     @abstractmethod
     def __call__(self, experience: Experience) -> Levels:
         """Return the credit of the step into each node, by level; None for a level that earns none."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what must survive a restart (statistics, tables)."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore it."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but was given {sorted(state)}.")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Objectives: losses by name, of a batch of what they want.
 
-An objective is a function of its batch: nothing random is drawn inside, so a resumed run repeats it bit for bit. It says
-what data it wants (``wants``); the training loop makes it.
+An objective is a function of its batch: nothing random is drawn inside, so a resumed run repeats it bit for bit. It
+says what data it wants (``wants``); the training loop makes it.
 """
 
 from flowalign.objectives.backprop import Backprop, Grown

@@ -4,8 +4,8 @@ Relative trajectory balance (Venkatraman et al. 2405.20971), per lineage of a ch
 
     L = ( log Z + Σ_k [log p_θ(x_{k+1}|x_k) - log p_ref(x_{k+1}|x_k)] - λ r(x_K) )²
 
-Off-policy capable, no gradient through the sampler or the reward. Unless the chain is memoryless one scalar log Z cannot
-make it vanish: take ``vargrad`` (the batch mean of each row stands in for log Z) or one log Z per row.
+Off-policy capable, no gradient through the sampler or the reward. Unless the chain is memoryless one scalar log Z
+cannot make it vanish: take ``vargrad`` (the batch mean of each row stands in for log Z) or one log Z per row.
 """
 
 from __future__ import annotations

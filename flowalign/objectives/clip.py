@@ -10,8 +10,8 @@ What the papers call the ratio ρ is not always the ratio of densities, and the 
     guard     log ρ = [(log p - log p_old)/D + mean(μ-μ_old)²/2std²]·std GRPO-Guard (2510.22319): mean 0, same spread at
                                                                          every step; the loss is divided by (t - s)
 
-KL scales, named because β was published with each: ``exact`` (the Gaussians' own, per dimension), ``flow_grpo`` (that code
-divides by g² and not g² Δt), ``velocity`` (mean squared difference of the velocities).
+KL scales, named because β was published with each: ``exact`` (the Gaussians' own, per dimension), ``flow_grpo`` (that
+code divides by g² and not g² Δt), ``velocity`` (mean squared difference of the velocities).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """DiffusionNFT: reinforcement on the forward process (Zheng et al. 2509.16117).
 
-Samples of the old policy are re-noised. With the optimality ``r = ½ + ½ clip(A / A_max, -1, 1)``, the implicit positive and
-negative policies ``v⁺ = β v + (1-β) v_old``, ``v⁻ = (1+β) v_old - β v`` are both pulled to the data:
+Samples of the old policy are re-noised. With the optimality ``r = ½ + ½ clip(A / A_max, -1, 1)``, the implicit positive
+and negative policies ``v⁺ = β v + (1-β) v_old``, ``v⁻ = (1+β) v_old - β v`` are both pulled to the data:
 
     L = r ‖x̂0(v⁺) - x0‖² / w⁺ + (1-r) ‖x̂0(v⁻) - x0‖² / w⁻      w = mean |x̂0 - x0| (no gradient)
 

@@ -2,8 +2,8 @@
 
     L = -log σ( -β/2 [ (‖v - u_w‖² - ‖v_ref - u_w‖²) - (‖v - u_l‖² - ‖v_ref - u_l‖²) ] )
 
-with one time and one noise for both members of a pair, ``u = α̇ x0 + σ̇ ε`` and norms averaged over dimensions (β 100 online,
-2,000-5,000 offline).
+with one time and one noise for both members of a pair, ``u = α̇ x0 + σ̇ ε`` and norms averaged over dimensions (β 100
+online, 2,000-5,000 offline).
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""Sampling for training: from a draw of prompts to an experience, or to a taped rollout with its rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowalign.experience import Experience
+from flowalign.noise import START, Noise, mix
+from flowalign.objectives.backprop import Grown
+from flowalign.policy import Policy
+from flowalign.protocols import Condition, Pipeline
+from flowalign.recipe import Recipe
+from flowalign.rollout import Tape, rollout
+from flowalign.scorer import Bound, Scorer
+from flowalign.source import Draw
+from flowalign.trajectory import Nodes, Trajectory, ranks
+
+__all__ = ["Collector", "collect", "enter", "grow"]
+
+
+@dataclass(frozen=True)
+class Collector:
+    """What sampling needs, fixed for a run.
+
+    Attributes:
+        pipeline: the generator.
+        scorer: its judge.
+        policy: its roles.
+        recipe: the method.
+        steps: sampling steps.
+        seed: of the run.
+    """
+
+    pipeline: Pipeline
+    scorer: Scorer
+    policy: Policy
+    recipe: Recipe
+    steps: int
+    seed: int
+
+    def bind(self, draw: Draw) -> Bound:
+        """Encode a draw's prompts and return their judge."""
+        cond = self.pipeline.encode(draw.prompts, draw.meta)
+        return self.scorer.bind(cond, draw.prompts, draw.meta)
+
+    def sample(self, draw: Draw, judge: Bound, iteration: int, tape: Tape | None = None) -> Trajectory:
+        """Roll out a draw."""
+        r = self.recipe
+        noise = Noise(mix(self.seed, iteration), draw.keys)
+        times = self.pipeline.times(self.steps)
+        start = enter(self.pipeline, judge.cond, draw.rows(), noise, float(times[0]), shared=r.shared_noise)
+        return rollout(
+            self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
+            value=None if r.value is None else r.value(judge.total), potential=r.potential, select=r.select,
+            tape=tape, role=r.role, keep=r.keep,
+        )  # fmt: skip
+
+
+def enter(pipeline: Pipeline, cond: Condition, row: Tensor, noise: Noise, t: float, *, shared: bool = False) -> Nodes:
+    """Return starting nodes of the given rows.
+
+    Args:
+        pipeline: knows the shape and the scale of its noise.
+        cond: by row.
+        row: of each node, ``(N,)``.
+        noise: keyed.
+        t: starting time.
+        shared: all nodes of a row start from the same noise.
+    """
+    slot = torch.zeros_like(row) if shared else ranks(row)
+    z = noise.normal(START, row, slot, pipeline.shape(cond))
+    return Nodes.enter(pipeline.start(z, t, cond[row]), row)
+
+
+def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
+    """Roll out, decode and judge a draw, without gradients."""
+    ledger = collector.policy.ledger
+    judge = collector.bind(draw)
+    with ledger.phase("rollout"):
+        tree = collector.sample(draw, judge, iteration)
+    with ledger.phase("reward"), torch.no_grad():
+        leaves = tree.leaves
+        rewards = {k: v.to(leaves.x.device) for k, v in judge(leaves.x, leaves.row).items()}
+    return Experience(
+        policy=collector.policy,
+        trajectory=tree,
+        cond=judge.cond,
+        group=draw.group,
+        rewards=rewards,
+        weights=collector.scorer.weights,
+        scores=judge,
+        seed=collector.seed,
+        iteration=iteration,
+    )
+
+
+def grow(collector: Collector, draw: Draw, iteration: int, tape: Tape) -> tuple[Grown, Condition]:
+    """Roll out with a tape and judge with gradients: one microbatch of reward backpropagation."""
+    judge = collector.bind(draw)
+    tree = collector.sample(draw, judge, iteration, tape)
+    with torch.enable_grad():
+        rewards = judge(tree.leaves.x, tree.leaves.row)
+        total = torch.stack([collector.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
+    return Grown(tree, rewards, total), judge.cond

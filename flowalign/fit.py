@@ -1,0 +1,140 @@
+"""The one training loop.
+
+Per iteration: draw prompts → roll out → decode and judge → credit → minibatches of what the objective wants → update →
+roles and learners follow → metrics. A generator: a notebook plots live, the command line logs, a test stops early.
+
+Whatever is random is a function of (seed, iteration), so a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign import checkpoint
+from flowalign.collect import Collector, collect
+from flowalign.ledger import Ledger
+from flowalign.minibatch import minibatches
+from flowalign.options import FitOptions
+from flowalign.policy import Policy
+from flowalign.protocols import Pipeline
+from flowalign.recipe import Recipe, trained_steps
+from flowalign.scorer import Scorer
+from flowalign.source import Source
+from flowalign.trainer import Trainer
+
+__all__ = ["FitOptions", "Metrics", "fit"]
+
+Metrics = dict[str, float]
+
+
+def fit(
+    pipeline: Pipeline,
+    scorer: Scorer,
+    source: Source,
+    recipe: Recipe,
+    options: FitOptions,
+    *,
+    policy: Policy,
+    parameters: list[nn.Parameter],
+    accelerator: Any = None,
+    folder: Path | None = None,
+    resume: bool = False,
+) -> Iterator[Metrics]:
+    """Train, yielding the metrics of each iteration.
+
+    Args:
+        pipeline: the generator.
+        scorer: its judge.
+        source: of prompts.
+        recipe: the method.
+        options: see :class:`FitOptions`.
+        policy: from :func:`flowalign.prepare.prepare`, with the recipe's roles.
+        parameters: what is trained.
+        accelerator: an ``accelerate.Accelerator`` for several processes; None for one.
+        folder: where checkpoints go; none are written without it.
+        resume: continue from the newest checkpoint of the folder.
+
+    Raises:
+        ValueError: before any sampling, for settings that cannot learn.
+        RuntimeError: if the ratio at the first update is not one.
+        FloatingPointError: for a gradient that is not finite.
+    """
+    _check(pipeline, recipe, options)
+    policy.ledger = scorer.ledger
+    trainer = Trainer(policy, parameters, recipe, source, options, accelerator)
+    if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
+        trainer.load_state_dict(checkpoint.load(path))
+    collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed)
+    while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
+        metrics = _iterate(trainer, collector)
+        trainer.iteration += 1
+        last = trainer.iteration >= options.iterations or _spent(policy.ledger, options)
+        due = options.checkpoint_every and trainer.iteration % options.checkpoint_every == 0
+        if folder is not None and (last or due):
+            checkpoint.save(folder, trainer.iteration, trainer.state_dict())
+        yield {"iteration": float(trainer.iteration), **metrics}
+
+
+def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
+    """Do one iteration."""
+    o, recipe, ledger = trainer.options, trainer.recipe, trainer.policy.ledger
+    draw = trainer.source.draw(trainer.iteration, o.groups, o.size)
+    seen: dict[str, list[Tensor]] = {}
+    experience = None
+    if recipe.objective.wants != "grown":
+        experience = collect(collector, draw, trainer.iteration)
+    with ledger.phase("update"):
+        fresh = True
+        for update in range(o.updates):
+            batches = minibatches(recipe, collector, experience, draw, o, trainer.iteration, update)
+            span = o.accumulate or len(batches)
+            for i, batch in enumerate(batches):
+                size = min(span, len(batches) - i // span * span)
+                for name, value in trainer.backward(batch, 1.0 / size, fresh).items():
+                    seen.setdefault(name, []).append(value.float())
+                fresh = False
+                if (i + 1) % span == 0 or i + 1 == len(batches):
+                    seen.setdefault("grad_norm", []).append(torch.tensor(trainer.step()))
+    trainer.follow("old")
+    metrics = {k: float(torch.stack([x.cpu() for x in v]).mean()) for k, v in seen.items()}
+    if experience is not None:
+        metrics |= _summarise(experience)
+        trainer.source.observe(draw, experience.total.detach().cpu(), experience.trajectory.leaves.row)
+        for learner in recipe.learners:
+            metrics |= learner.observe(experience)
+    return metrics | {f"ledger/{k}": v for k, v in ledger.state_dict().items()}
+
+
+def _summarise(experience: Any) -> Metrics:
+    total, group = experience.total.detach().float().cpu(), experience.group[experience.trajectory.leaves.row]
+    out = {f"reward/{k}": float(r.detach().mean()) for k, r in experience.rewards.items()}
+    spread = torch.stack([total[group == g].std(correction=0) for g in group.unique()])
+    return out | {
+        "reward": float(total.mean()),
+        "reward_std": float(spread.mean()),
+        "dead": float((spread == 0).float().mean()),
+    }
+
+
+def _spent(ledger: Ledger, options: FitOptions) -> bool:
+    late = options.max_seconds is not None and ledger.seconds >= options.max_seconds
+    return late or (options.max_evaluations is not None and ledger.evaluations >= options.max_evaluations)
+
+
+def _check(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> None:
+    """Refuse what cannot learn before any long work starts."""
+    wants = recipe.objective.wants
+    if wants in ("transitions", "paths"):
+        trained_steps(recipe, pipeline.times(options.steps))
+    if wants == "pairs" and options.size < 2:
+        raise ValueError(f"preference pairs need size >= 2 samples per prompt; got {options.size}.")
+    grouped = getattr(getattr(recipe.credit, "normalise", None), "center", None) == "group"
+    if wants in ("transitions", "leaves") and grouped and options.size < 2 and recipe.select is None:
+        raise ValueError(
+            f"a group of {options.size} sample has no advantage: its reward is its group's mean. Set size to 2 or more."
+        )

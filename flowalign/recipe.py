@@ -1,0 +1,117 @@
+"""A method is one choice per slot; a recipe holds the choices.
+
+    kernel × selection × potential/guide × reward × credit × objective
+
+A paper is a small file in ``flowalign/methods`` that returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flowalign.aggregate import Aggregate, Sum
+from flowalign.credit import Credit, Group
+from flowalign.experience import Experience
+from flowalign.guidance import Guide
+from flowalign.kernels import Kernel
+from flowalign.objectives.base import Objective
+from flowalign.policy import Policy
+from flowalign.potentials.base import Potential
+from flowalign.rollout import Tape
+from flowalign.selection.base import Selection
+from flowalign.state import Stateful
+from flowalign.trajectory import Transitions
+from flowalign.values import Score, Value
+
+__all__ = ["Learner", "Recipe"]
+
+
+class Learner(Stateful):
+    """Something that learns beside the policy from the same experience: value net, discriminator, ψ(t), a window."""
+
+    def observe(self, experience: Experience) -> dict[str, float]:
+        """Learn; return metrics."""
+        return {}
+
+
+def always(level: int, t: float, s: float) -> bool:
+    """Train on every stochastic step."""
+    return True
+
+
+@dataclass
+class Recipe:
+    """The slots of a training method.
+
+    Attributes:
+        kernel: the law of a step.
+        objective: the loss.
+        credit: rewards → credit per step; None where the objective needs none.
+        select: branching of the rollout.
+        guide: guidance of the rollout.
+        value: makes a state's value from the judge of the iteration's prompts; for potentials and guides.
+        potential: weights of lineages.
+        role: whose weights sample (``old`` for DiffusionNFT).
+        old: decay of the old policy, update number → decay, where the objective or the sampler uses one.
+        shared_noise: one initial noise for all samples of a group (DanceGRPO).
+        trained: ``(level, t, s) → bool``: which of the stochastic steps are trained.
+        thin: a further subset of the transitions of an iteration, e.g. random steps per sample.
+        tape: iteration → which levels carry a graph (reward backpropagation).
+        per_reward: one advantage column and one loss per reward (MARBLE).
+        pairs: preference pairs per group.
+        aggregate: how losses become one gradient.
+        learners: what learns beside the policy.
+        keep: keep posteriors and laws of the rollout (guarded ratios, penalties on taped states).
+    """
+
+    kernel: Kernel
+    objective: Objective
+    credit: Credit | None = field(default_factory=Group)
+    select: Selection | None = None
+    guide: Guide | None = None
+    value: Callable[[Score], Value] | None = None
+    potential: Potential | None = None
+    role: str = "current"
+    old: Callable[[int], float] | None = None
+    shared_noise: bool = False
+    trained: Callable[[int, float, float], bool] = always
+    thin: Callable[[Transitions, Experience], Transitions] | None = None
+    tape: Callable[[int], Tape] | None = None
+    per_reward: bool = False
+    pairs: int = 1
+    aggregate: Aggregate = field(default_factory=Sum)
+    learners: tuple[Learner, ...] = ()
+    keep: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Every policy role that sampling or the loss uses besides ``current``."""
+        used = (*self.objective.roles, *([self.role] if self.role != "current" else []))
+        return tuple(dict.fromkeys(used))
+
+
+def trained_steps(recipe: Recipe, times: Tensor) -> list[int]:
+    """Return the levels whose step draws noise and is trained.
+
+    Raises:
+        ValueError: if there is none: the method would have nothing to learn from.
+    """
+    grid = times.tolist()
+    levels = [
+        k
+        for k in range(len(grid) - 1)
+        if recipe.kernel.stochastic(grid[k], grid[k + 1]) and recipe.trained(k, grid[k], grid[k + 1])
+    ]
+    if not levels:
+        raise ValueError(
+            f"none of the {len(grid) - 1} steps draws noise and is trained: a policy gradient needs at least one. Use "
+            "more steps, a positive noise level, or a wider window."
+        )
+    return levels
+
+
+Prepare = Callable[[Policy], Any]

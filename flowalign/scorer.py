@@ -1,0 +1,105 @@
+"""Decode once, judge by every reward: the only place where media are made for rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowalign.ledger import Ledger
+from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
+
+__all__ = ["Bound", "Scorer"]
+
+
+class Scorer:
+    """A pipeline's decoder and named, weighted rewards.
+
+    Args:
+        pipeline: decodes.
+        rewards: by name.
+        weights: of each reward; 1 where missing.
+        ledger: what decodes and reward calls are booked on.
+        chunk: samples decoded and judged at a time.
+
+    Raises:
+        ValueError: for no reward, a weight without reward, or a reward that cannot look at the pipeline's media.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None = None,
+        ledger: Ledger | None = None,
+        chunk: int = 256,
+    ) -> None:
+        if not rewards:
+            raise ValueError("no reward given: name at least one.")
+        stray = set(weights or {}) - set(rewards)
+        if stray:
+            raise ValueError(f"weights given for {sorted(stray)}, but the rewards are {sorted(rewards)}.")
+        for name, reward in rewards.items():
+            if pipeline.modality not in reward.card.modality:
+                looks = " or ".join(reward.card.modality)
+                raise ValueError(f"reward {name!r} judges {looks}, and this pipeline makes {pipeline.modality}.")
+        self.pipeline, self.rewards, self.chunk = pipeline, dict(rewards), chunk
+        self.weights = {n: float((weights or {}).get(n, 1.0)) for n in rewards}
+        self.ledger = ledger if ledger is not None else Ledger()
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every reward gives gradients."""
+        return all(r.card.differentiable for r in self.rewards.values())
+
+    def bind(self, cond: Condition, prompts: Sequence[str], meta: Meta | None = None) -> Bound:
+        """Return the judge of states that belong to rows of a condition."""
+        return Bound(self, cond, list(prompts), None if meta is None else list(meta))
+
+    def judge(self, media: Tensor, prompts: Sequence[str], meta: Meta | None = None) -> dict[str, Tensor]:
+        """Score media by every reward, ``{name: (B,)}`` float32, checked for shape and NaN."""
+        check_media(media, self.pipeline.modality)
+        out = {}
+        for name, reward in self.rewards.items():
+            out[name] = check_scores(reward(media, prompts, meta), len(media), name)
+            self.ledger.rewards += len(media)
+        return out
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Judges clean states of known rows: ``(x0, row) → {name: (B,)}``.
+
+    Attributes:
+        scorer: decoder and rewards.
+        cond: conditions by row.
+        prompts: by row.
+        meta: by row.
+    """
+
+    scorer: Scorer
+    cond: Condition
+    prompts: list[str]
+    meta: list | None
+
+    def __call__(self, x0: Tensor, row: Tensor) -> dict[str, Tensor]:
+        """Decode and score in chunks; gradients flow where the mode allows."""
+        parts: list[dict[str, Tensor]] = []
+        for index in torch.arange(len(x0)).split(self.scorer.chunk):
+            media = self.media(x0[index.to(x0.device)], row[index])
+            rows = row[index].tolist()
+            meta = None if self.meta is None else [self.meta[r] for r in rows]
+            parts.append(self.scorer.judge(media, [self.prompts[r] for r in rows], meta))
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+    def total(self, x0: Tensor, row: Tensor) -> Tensor:
+        """Return the weighted sum of the rewards, ``(B,)``."""
+        scores = self(x0, row)
+        return torch.stack([self.scorer.weights[k] * r for k, r in scores.items()]).sum(0)
+
+    def media(self, x0: Tensor, row: Tensor) -> Tensor:
+        """Decode clean states."""
+        self.scorer.ledger.decodes += len(x0)
+        return self.scorer.pipeline.decode(x0, self.cond[row])
