@@ -1,4 +1,4 @@
-"""Text-to-image transformers, one or two pipelines a family: PixArt, Sana, Z-Image, Chroma, Lumina 2, CogView 4, ..."""
+"""Text-to-image transformers, one or two pipelines a family: PixArt, Sana, Chroma, Lumina 2, CogView 4, ..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .case import Builder, make
 from .flux import flow_scheduler
 from .llm import bpe_tokenizer, decoder, qwen25_vl
 from .sd3 import SHORT
-from .stable_diffusion import SIZE, TEXT
+from .stable_diffusion import BETAS, CHANGE, SIZE, TEXT
 from .text import HEADS, WIDTH, t5, t5_tokenizer
 from .vaes import flow_vae, image_vae
 
@@ -40,80 +40,8 @@ def pixart(**extra: Any) -> dict[str, Any]:
         caption_channels=WIDTH,
         sample_size=8,
     )
-    solver = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    solver = diffusers.DPMSolverMultistepScheduler(**BETAS)
     return {**t5_side(), "vae": image_vae(), "transformer": transformer, "scheduler": solver, **extra}
-
-
-def deep_vae() -> diffusers.AutoencoderDC:
-    """Return Sana's deep-compression autoencoder, two levels of it."""
-    return diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (3,)),
-        decoder_qkv_multiscales=((), (3,)),
-        scaling_factor=0.4,
-    )
-
-
-def sana_transformer(**extra: Any) -> diffusers.SanaTransformer2DModel:
-    """Return two linear-attention blocks."""
-    return diffusers.SanaTransformer2DModel(
-        **{
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "caption_channels": WIDTH,
-            "sample_size": 8,
-            **extra,
-        }
-    )
-
-
-def sana(**extra: Any) -> dict[str, Any]:
-    """Return the components of Sana, whose text encoder is Gemma 2."""
-    solver = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    text = {"text_encoder": decoder("Gemma2"), "tokenizer": bpe_tokenizer()}
-    return {**text, "vae": deep_vae(), "transformer": sana_transformer(), "scheduler": solver, **extra}
-
-
-SANA_CALL = CFG | NO_BINS | BIG | {"complex_human_instruction": ["a picture of"]}
-
-
-def z_image_transformer(**extra: Any) -> diffusers.ZImageTransformer2DModel:
-    """Return one context refiner, one noise refiner and two joint blocks."""
-    return diffusers.ZImageTransformer2DModel(
-        **{
-            "in_channels": 4,
-            "dim": 32,
-            "n_layers": 2,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "cap_feat_dim": WIDTH,
-            "axes_dims": [4, 6, 6],
-            "axes_lens": [128, 32, 32],
-            **extra,
-        }
-    )
-
-
-def z_image(**extra: Any) -> dict[str, Any]:
-    """Return the components of Z-Image, whose text encoder is Qwen 3."""
-    text = {"text_encoder": decoder("Qwen3"), "tokenizer": bpe_tokenizer()}
-    return {**text, "vae": flow_vae(), "transformer": z_image_transformer(), **euler(), **extra}
 
 
 def chroma(**extra: Any) -> dict[str, Any]:
@@ -219,9 +147,9 @@ def hunyuan_image() -> dict[str, Any]:
 BUILDERS: dict[str, Builder] = {
     "PixArtAlpha": lambda: make("PixArtAlpha", pixart(), CFG | NO_BINS, "image", "pixart"),
     "PixArtSigma": lambda: make("PixArtSigma", pixart(), CFG | NO_BINS, "image", "pixart"),
-    "Sana": lambda: make("Sana", sana(), SANA_CALL, "image", "sana"),
-    "ZImage": lambda: make("ZImage", z_image(), CFG, "image", "z_image", notes="edits the caller's list of prompts"),
+    "PixArtSigmaPAG": lambda: make("PixArtSigmaPAG", pixart(), CFG | NO_BINS | {"pag_scale": 2.0}, "image", "pixart"),
     "Chroma": lambda: make("Chroma", chroma(), CFG, "image", "chroma"),
+    "ChromaImg2Img": lambda: make("ChromaImg2Img", chroma(), CFG | CHANGE, "image", "chroma"),
     "Lumina2": lambda: make("Lumina2", lumina2(), TEXT | BIG | {"max_sequence_length": 64}, "image", "lumina2"),
     "CogView4": lambda: make("CogView4", cogview4(), CFG, "image", "cogview4"),
     "HunyuanImage": lambda: make(

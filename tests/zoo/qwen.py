@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from .case import Builder, make
+from .case import Builder, Case, make
 from .flux import flow_scheduler
 from .llm import vlm_parts
 from .media import mask, picture
@@ -41,26 +41,41 @@ def edit_parts(**extra: Any) -> dict[str, Any]:
     return parts(vae=qwen_vae(levels=5, base=2), **extra)
 
 
+def controlnet(extra: int = 0) -> diffusers.QwenImageControlNetModel:
+    """Return a ControlNet of one block; ``extra`` channels are packed with the hint."""
+    return diffusers.QwenImageControlNetModel(
+        in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=WIDTH, extra_condition_channels=extra, **ROPE
+    )
+
+
+def layered() -> dict[str, Any]:
+    """Return the components of the layered variant: four colour channels, a token type for each layer."""
+    net = transformer(use_additional_t_cond=True, use_layer3d_rope=True)
+    return parts(vae=qwen_vae(levels=5, base=2, input_channels=4), transformer=net)
+
+
+def qwen(name: str, given: dict[str, Any], inputs: dict[str, Any], notes: str = "") -> Case:
+    """Return a pipeline of the Qwen-Image family."""
+    return make(f"QwenImage{name}", given, TEXT | inputs, "image", "qwen_image", notes=notes)
+
+
+MEGA = "the picture is resized to a megapixel whatever its size"
+HINT = SIZE | {"control_image": picture(phase=1.0)}
+EDIT = {"image": picture(32), "height": 64, "width": 64}
+LAYERS = {"image": picture(32).convert("RGBA"), "layers": 1}
+
 BUILDERS: dict[str, Builder] = {
-    "QwenImage": lambda: make("QwenImage", parts(), TEXT | SIZE, "image", "qwen_image"),
-    "QwenImageImg2Img": lambda: make("QwenImageImg2Img", parts(), TEXT | SIZE | CHANGE, "image", "qwen_image"),
-    "QwenImageInpaint": lambda: make(
-        "QwenImageInpaint", parts(), TEXT | SIZE | CHANGE | {"mask_image": mask()}, "image", "qwen_image"
+    "QwenImage": lambda: qwen("", parts(), SIZE),
+    "QwenImageImg2Img": lambda: qwen("Img2Img", parts(), SIZE | CHANGE),
+    "QwenImageInpaint": lambda: qwen("Inpaint", parts(), SIZE | CHANGE | {"mask_image": mask()}),
+    "QwenImageControlNet": lambda: qwen("ControlNet", parts(controlnet=controlnet()), HINT),
+    "QwenImageControlNetInpaint": lambda: qwen(
+        "ControlNetInpaint", parts(controlnet=controlnet(extra=4)), HINT | {"control_mask": mask()}
     ),
-    "QwenImageEdit": lambda: make(
-        "QwenImageEdit",
-        edit_parts(),
-        TEXT | {"image": picture(32), "height": 64, "width": 64},
-        "image",
-        "qwen_image",
-        notes="the picture is resized to a megapixel whatever its size",
+    "QwenImageEdit": lambda: qwen("Edit", edit_parts(), EDIT, MEGA),
+    "QwenImageEditPlus": lambda: qwen("EditPlus", edit_parts(), EDIT | {"image": [picture(32)]}, MEGA),
+    "QwenImageEditInpaint": lambda: qwen(
+        "EditInpaint", edit_parts(), EDIT | {"mask_image": mask(32), "strength": 0.9}, MEGA
     ),
-    "QwenImageEditPlus": lambda: make(
-        "QwenImageEditPlus",
-        edit_parts(),
-        TEXT | {"image": [picture(32)], "height": 64, "width": 64},
-        "image",
-        "qwen_image",
-        notes="the picture is resized to a megapixel whatever its size",
-    ),
+    "QwenImageLayered": lambda: qwen("Layered", layered(), LAYERS, "the picture is resized to 640 x 640"),
 }
