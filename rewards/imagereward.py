@@ -83,6 +83,11 @@ class ImageReward(Judge):
         self.head = affine_mlp(self.text.config.hidden_size)
         fill(self.head, head, path)
         self.tokenizer = BertTokenizer.from_pretrained(folder_or_id(tokenizer))
+        if len(self.tokenizer) > self.text.config.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer} has {len(self.tokenizer)} words, the weights {path} only "
+                f"{self.text.config.vocab_size}: wanted BERT's uncased vocabulary."
+            )
         self.preprocess = Preprocess(int(self.vision.config.image_size))
         self.freeze()
 
@@ -158,6 +163,9 @@ def _text(state: dict[str, Tensor], head_dim: int, path: Path) -> Any:
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
         is_decoder=True,  # builds the cross-attention; each call says is_decoder=False, so attention is not causal
         pad_token_id=0,
+        bos_token_id=0,  # unused here; the defaults would warn on small vocabularies
+        sep_token_id=0,
+        eos_token_id=0,
     )
     model = BlipTextModel(config, add_pooling_layer=False)
     fill(model, state, path)

@@ -127,7 +127,8 @@ class OpenClipTower(Tower):
 
         tags = [tag for model, tag in open_clip.list_pretrained() if model == name]
         own = weights is None or str(weights) in tags
-        model = open_clip.create_model(name, pretrained=str(weights) if own and weights is not None else None)
+        tag = str(weights) if own and weights is not None else None
+        model = open_clip.create_model(name, pretrained=tag, load_weights=own)
         if not own:
             assert weights is not None
             path = find(weights, *files, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -183,6 +184,7 @@ class HFTower(Tower):
             "crop",
             triple(pictures.image_mean),
             triple(pictures.image_std),
+            centre="floor",  # transformers' rounding of the crop's offset
         )
         return cls(model, CLIPTokenizer.from_pretrained(helper), fit)
 
