@@ -1,0 +1,24 @@
+"""One thread, one seed, and shapes checked: what every test of the project starts from.
+
+The core's signatures carry jaxtyping shapes; under pytest they are enforced with beartype. The hook must be in place
+before the first import of ``flowalign``, and is confined to the core, whose modules it is cheap for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+CHECKED = (
+    "gaussian", "process", "laws", "kernels", "noise", "trajectory", "policy", "values", "guidance", "rollout",
+    "ledger", "selection", "potentials", "credit",
+)  # fmt: skip
+
+install_import_hook([f"flowalign.{name}" for name in CHECKED], "beartype.beartype")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
