@@ -1,0 +1,487 @@
+"""Any diffusers pipeline, unmodified, as a flowalign generator.
+
+>>> generator = load(pipe, height=512, width=512, guidance_scale=4.5)  # doctest: +SKIP
+>>> cond = generator.encode(["a red circle", "two blue squares"])  # doctest: +SKIP
+>>> times = generator.times(28)  # doctest: +SKIP
+>>> x = generator.start(torch.randn(2, *generator.shape(cond)), float(times[0]), cond)  # doctest: +SKIP
+>>> posterior = generator.posterior(x, float(times[0]), cond)  # doctest: +SKIP
+
+Nothing of the pipeline is copied or rewritten: its own ``__call__`` is run for one step at a time
+(:mod:`~flowalign.pipelines.tap`), so guidance, packing, image ids, shifts and decoders are its own. The state ``x`` is
+the loop's variable as ``scheduler.step`` sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.pipelines import lora
+from flowalign.pipelines.condition import Inputs, Row, call_arguments
+from flowalign.pipelines.convention import Convention, convention
+from flowalign.pipelines.decode import Decoder
+from flowalign.pipelines.grid import Grid
+from flowalign.pipelines.memo import Memo
+from flowalign.pipelines.plan import Plan, learn
+from flowalign.pipelines.tap import Session, Tap, Visit
+from flowalign.pipelines.verdict import Verdict, examine
+from flowalign.process import Posterior, Process, Time
+from flowalign.protocols import Meta, Modality
+
+__all__ = ["Adapter"]
+
+log = logging.getLogger("flowalign")
+PROBE_STEPS = 4
+NETWORKS = ("transformer", "unet", "prior", "decoder", "model", "dit")
+
+
+class Adapter:
+    """The :class:`~flowalign.protocols.Pipeline` over an instantiated ``DiffusionPipeline``.
+
+    Args:
+        pipe: the user's pipeline. It is never written to: it works as before, during and after.
+        call: arguments of every call (``height``, ``guidance_scale``, ``num_frames``, ``negative_prompt``, ...).
+        modality: what it makes; guessed from the call's signature when None.
+        guided: whether the pipeline's own guidance rule is on.
+        check: whether the self-test is still to run, at the first :meth:`encode`.
+
+    Raises:
+        ValueError: if the call does not take one of the arguments, or the pipeline cannot be tapped.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any] | None = None,
+        modality: Modality | None = None,
+        guided: bool = True,
+        check: bool = False,
+    ) -> None:
+        self.pipe, self.guided = pipe, guided
+        self.memo = Memo()
+        self.tap = Tap(pipe, self.memo)
+        given = dict(call or {})
+        if unknown := sorted(given.keys() - self.tap.accepted):
+            raise ValueError(
+                f"{type(pipe).__name__} takes no argument {', '.join(unknown)}; its call takes "
+                f"{', '.join(sorted(self.tap.accepted))}."
+            )
+        self.texts = {k: v for k, v in given.items() if "prompt" in k and isinstance(v, str) and k != "prompt"}
+        self.base = {k: v for k, v in given.items() if k not in self.texts}
+        self.modality: Modality = modality or _modality(self.tap.accepted)
+        self.convention: Convention = convention(pipe.scheduler)
+        self.steps = int(given.get("num_inference_steps", PROBE_STEPS))
+        self.example: Inputs | None = None
+        self.plans: dict[Any, Plan] = {}
+        self.grids: dict[Any, Grid] = {}
+        self.starts: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.per_sample: dict[Any, bool] = {}
+        self.decoder = Decoder(self)
+        self.pending = check
+        self.verdict = Verdict(type(pipe).__name__, "not tried", reason="the self-test was switched off")
+
+    # -- what it is --------------------------------------------------------------------------------------------
+    @property
+    def process(self) -> Process:
+        """The noising process of the states that ``scheduler.step`` sees."""
+        return self.convention.process
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that the loop runs, by component name; several for two experts or a ControlNet."""
+        modules = self.tap.modules()
+        seen = {name for plan in self.plans.values() for name, _ in plan.networks}
+        experts = {k for k in modules if k in NETWORKS or k.removesuffix("_2") in NETWORKS}
+        return {k: m for k, m in modules.items() if k in seen | experts}
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The trainable network: LoRA goes here. Two experts come as a ``ModuleDict`` of both."""
+        found = self.networks
+        main = [k for k in NETWORKS if k in found] or list(found)
+        if not main:
+            raise ValueError(
+                f"{type(self.pipe).__name__} has no network among its components {list(self.tap.modules())}."
+            )
+        experts = [k for k in found if k.removesuffix("_2") == main[0]]
+        return found[main[0]] if len(experts) < 2 else nn.ModuleDict({k: found[k] for k in experts})
+
+    # -- conditions --------------------------------------------------------------------------------------------
+    def encode(self, prompts: Sequence[str], meta: Meta | None = None, seeds: Sequence[int] | None = None) -> Inputs:
+        """Return the condition of these prompts; everything that can be encoded is encoded now, once.
+
+        Args:
+            prompts: one per row; "" where the pipeline takes no text.
+            meta: per row, further arguments of the pipeline's call (``image``, ``mask_image``, ``negative_prompt``,
+                ``class_labels``, ...); keys that the call does not take are left to the rewards.
+            seeds: per row, of the pipeline's own draws other than the starting noise.
+
+        Raises:
+            ValueError: for an empty list, things that are not strings, a meta of another length, or prompts of which
+                some have inputs that others lack.
+        """
+        rows = self._rows(prompts, meta, seeds)
+        cond = Inputs(rows, self.guided)
+        self.example = cond[torch.tensor([0])]
+        for part in self._calls(cond):
+            session = Session(stop_at_entry=True, batch=len(part))
+            self._run([rows[i] for i in part], self.guided, session)
+        if self.pending:
+            self.examine(self.example)
+        return cond
+
+    def needs_inputs(self) -> bool:
+        """Return whether the pipeline cannot be called with a prompt alone."""
+        wanted = [p.name for p in self.tap.signature.parameters.values() if p.default is p.empty and p.name != "self"]
+        given = self.base.keys() | {"prompt"}
+        pictures = {"image", "images", "video", "control_image", "mask_image", "source", "class_labels", "input_image"}
+        extra = {k for k in self.tap.accepted & pictures if k not in given}
+        return "prompt" not in self.tap.accepted or bool(set(wanted) - given) or bool(extra)
+
+    def examine(self, cond: Inputs | None = None) -> Verdict:
+        """Run the self-test on a condition (an example prompt when None) and keep its verdict."""
+        self.pending = False
+        steps = self.steps
+        self.verdict = examine(self, cond[torch.tensor([0])] if cond is not None else self._example())
+        self.steps = steps
+        if self.verdict.status == "fails":
+            warnings.warn(
+                f"flowalign self-test: {self.verdict}. Results with this pipeline are not to be trusted.", stacklevel=2
+            )
+        else:
+            log.info("flowalign self-test: %s", self.verdict)
+        return self.verdict
+
+    def _rows(self, prompts: Sequence[str], meta: Meta | None, seeds: Sequence[int] | None) -> tuple[Row, ...]:
+        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(p, str) for p in prompts):
+            kinds = sorted({type(p).__name__ for p in prompts})
+            raise ValueError(
+                f"prompts must be a non-empty list of strings, one per row; got {type(prompts).__name__} of {kinds}."
+            )
+        for what, given in (("meta", meta), ("seeds", seeds)):
+            if given is not None and len(given) != len(prompts):
+                raise ValueError(f"{what} must have one entry per prompt; got {len(given)} for {len(prompts)} prompts.")
+        extras = [
+            {
+                **self.texts,
+                **{k: v for k, v in (meta[i] if meta else {}).items() if k in self.tap.accepted and k != "prompt"},
+            }
+            for i in range(len(prompts))
+        ]
+        rows = tuple(Row(p, e, seeds[i] if seeds else 0) for i, (p, e) in enumerate(zip(prompts, extras, strict=True)))
+        if len({frozenset(r.inputs) for r in rows}) > 1:
+            lists = sorted({tuple(sorted(r.inputs)) for r in rows})
+            raise ValueError(
+                f"all rows of one batch need the same kinds of inputs; these have {' and '.join(map(str, lists))}. "
+                "Give every row the same keys, or encode them in separate batches."
+            )
+        if len({r.kind for r in rows}) > 1:
+            raise ValueError(
+                f"all rows of one batch need inputs of the same size; these have {sorted({str(r.kind) for r in rows})}. "
+                "Resize them, or encode them in separate batches."
+            )
+        return rows
+
+    # -- times and shapes --------------------------------------------------------------------------------------
+    def times(self, steps: int, cond: Inputs | None = None) -> Tensor:
+        """Return ``(n + 1,)`` falling float64 times: the pipeline's own grid, resolution-dependent shift included.
+
+        ``n`` is the number of network evaluations, which is ``steps`` but for solvers of higher order and for
+        image-to-image pipelines, which start inside their grid.
+
+        Args:
+            steps: what the pipeline is given as ``num_inference_steps``.
+            cond: whose resolution; the last one encoded when None.
+
+        Raises:
+            ValueError: for fewer than one step.
+        """
+        if steps < 1:
+            raise ValueError(f"a grid needs at least one step; got {steps}.")
+        self.steps = steps
+        return self._grid(cond if cond is not None else self._example(), steps).times.clone()
+
+    def shape(self, cond: Inputs | None = None) -> tuple[int, ...]:
+        """Return the shape of one sample's state."""
+        return self._plan(cond if cond is not None else self._example()).shape
+
+    def _example(self) -> Inputs:
+        if self.example is None:
+            self.example = Inputs(self._rows(["a photo"], None, None), self.guided)
+        return self.example
+
+    def _plan(self, cond: Inputs) -> Plan:
+        key = (cond.rows[0].kind, cond.guided)
+        if key not in self.plans:
+            steps = max(self.steps, 2)
+            self.plans[key] = learn(self.tap, self._arguments(cond.rows[:1], cond.guided, steps))
+        return self.plans[key]
+
+    def _grid(self, cond: Inputs, steps: int) -> Grid:
+        key = (cond.rows[0].kind, steps)
+        if key not in self.grids:
+            session = Session(stop_at_entry=True)
+            self._run(cond.rows[:1], cond.guided, session, steps)
+            if session.track is None:
+                raise ValueError(
+                    f"{type(self.pipe).__name__} ended without iterating the grid that scheduler.set_timesteps made; "
+                    "its loop cannot be tapped."
+                )
+            self.grids[key] = Grid.of(session.track, session.offset, session.scheduler, self.convention)
+        return self.grids[key]
+
+    def _locate(self, cond: Inputs, t: float) -> tuple[Grid, int]:
+        """Return the grid on which ``t`` lies, the current one first, and its number of steps."""
+        current = self._grid(cond, self.steps)
+        if current.find(t) is None:
+            for (kind, steps), grid in self.grids.items():
+                if kind == cond.rows[0].kind and grid.find(t) is not None:
+                    return grid, steps
+        return current, self.steps
+
+    def known_grids(self) -> list[Grid]:
+        """Return the grids asked for so far, those of the current number of steps first."""
+        return [g for _, g in sorted(self.grids.items(), key=lambda item: item[0][1] != self.steps)]
+
+    def any_plan(self) -> Plan:
+        """Return the plan of the last kind of call (solver arguments do not differ between kinds)."""
+        return next(reversed(self.plans.values())) if self.plans else self._plan(self._example())
+
+    @property
+    def settles(self) -> bool:
+        """Whether the pipeline changes its latents between two steps (blending, pinned frames)."""
+        return any(plan.settle for plan in self.plans.values())
+
+    # -- states ------------------------------------------------------------------------------------------------
+    def start(self, noise: Tensor, t: float, cond: Inputs) -> Tensor:
+        """Return the states at which the pipeline's loop begins for this standard normal ``(B, *shape)``.
+
+        The pipeline's own ``prepare_latents`` says how: scaled by ``init_noise_sigma``, mixed with an input image, with
+        pinned frames. It is affine in the noise, so two calls with constant noise tell.
+
+        Raises:
+            ValueError: if t is not the first time of a grid, or the noise has another shape.
+        """
+        self._check(noise, cond)
+        grid, steps = self._locate(cond, float(t))
+        if float(t) != grid.listed[0]:
+            raise ValueError(
+                f"{type(self.pipe).__name__} starts at t = {grid.listed[0]:.6g} with {steps} steps, not at {float(t):.6g}. "
+                "Start at times[0]; for a clean state x0 use process.diffuse(x0, t, noise)."
+            )
+        key = (cond.rows[0].kind, steps, cond.guided) if not cond.rows[0].kind else None
+        if key is None or key not in self.starts:
+            who = cond[torch.tensor([0])] if key is not None else cond
+            offset, one = (self._begin(who, steps, value) for value in (0.0, 1.0))
+            if torch.equal(offset, one):
+                raise ValueError(
+                    f"{type(self.pipe).__name__} does not draw its starting noise with randn_tensor, so start() cannot "
+                    "replace it. Make the first state yourself: noise * pipe.scheduler.init_noise_sigma."
+                )
+            pair = (offset, one - offset)
+            if key is not None:
+                self.starts[key] = pair
+        else:
+            pair = self.starts[key]
+        return pair[0] + pair[1] * noise.to(pair[0])
+
+    def _begin(self, cond: Inputs, steps: int, value: float) -> Tensor:
+        plan = self._plan(cond)
+        found: list[Tensor] = []
+        with torch.no_grad():
+            for part in self._calls(cond):
+                session = plan.session(len(part), visits=[Visit(0, real=False)], noise=value)
+                self._run([cond.rows[i] for i in part], cond.guided, session, steps)
+                found.append(plan.pack([c.sample for c in session.captured], len(part)))
+        return torch.cat(found).float()
+
+    def posterior(self, x: Tensor, t: Time, cond: Inputs) -> Posterior:
+        """Return ``E[x0|x], E[ε|x]``: one iteration of the pipeline's own loop, guidance included; differentiable.
+
+        Args:
+            x: states ``(B, *shape)``.
+            t: one time or ``(B,)`` times in (0, 1]; different times run in one batch where the pipeline allows it.
+            cond: B rows.
+
+        Raises:
+            ValueError: for states of another shape, or a condition of another length.
+        """
+        self._check(x, cond)
+        raw, mean, seen = self._evaluate(x, t, cond)
+        return replace(self.convention.read(seen, t, mean), output=raw)
+
+    def _check(self, x: Tensor, cond: Inputs) -> None:
+        want = self._plan(cond).shape
+        if len(x) != len(cond) or tuple(x.shape[1:]) != want:
+            raise ValueError(
+                f"states must have shape ({len(cond)}, {', '.join(map(str, want))}): one row per condition, in the layout "
+                f"that the pipeline's scheduler sees; got {tuple(x.shape)}."
+            )
+
+    def _evaluate(self, x: Tensor, t: Time, cond: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the raw output, the part of it that predicts the mean, and the states that the network really saw.
+
+        Times and rows may be mixed freely. The states are x itself but where the pipeline blends or pins between steps.
+        """
+        times = torch.as_tensor(t, dtype=torch.float64).cpu()
+        single = times.ndim == 0 or bool((times == times[0]).all())
+        groups: list[tuple[Any, list[int]]]
+        if single or self._spreads(x, times, cond):
+            shared: Any = float(times.reshape(-1)[0]) if single else times
+            groups = [(shared, list(range(len(x))))]
+        else:
+            groups = [(float(v), (times == v).nonzero().flatten().tolist()) for v in times.unique()]
+        pieces: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]] = []
+        for when, members in groups:
+            index = torch.tensor(members)
+            for part in self._calls(cond[index]):
+                own = index[torch.tensor(part)]
+                whole = len(own) == len(x)
+                part_t = when[own] if isinstance(when, Tensor) else when
+                got = self._step(x if whole else x[own.to(x.device)], part_t, cond if whole else cond[own])
+                pieces.append((own.tolist(), got))
+        if len(pieces) == 1:
+            return pieces[0][1]
+        back = torch.tensor([i for own, _ in pieces for i in own]).argsort().to(x.device)
+        raw, mean, seen = (torch.cat([got[k] for _, got in pieces])[back] for k in range(3))
+        return raw, mean, seen
+
+    def _step(self, x: Tensor, t: Any, cond: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one iteration for rows that fit in one call."""
+        plan, batch = self._plan(cond), len(x)
+        first = float(t[0]) if isinstance(t, Tensor) else float(t)
+        grid, steps = self._locate(cond, first)
+        spot = grid.spot(first)
+        time = None
+        if isinstance(t, Tensor):
+            values = [grid.spot(float(v)) for v in t]
+            stamps = [grid.timesteps[s.index] if s.timestep is None else torch.tensor(s.timestep) for s in values]
+            time = torch.stack([s.to(grid.timesteps) for s in stamps])
+        parts = plan.unpack(x)
+        visits = [Visit(0)] if plan.warm and spot.index > 0 else []
+        if plan.way == "S" or (plan.settle and spot.index > 0):
+            visits.append(Visit(max(spot.index - 1, 0), put=parts, real=False))
+        visits.append(Visit(spot.index, time=time))
+        edit = None
+        if spot.timestep is not None and spot.sigma is not None:
+            edit = (spot.index + grid.offset, spot.timestep, spot.sigma)
+        session = plan.session(batch, visits=visits, x=parts[0] if plan.way == "P" else None, edit=edit)
+        self._run(cond.rows, cond.guided, session, steps)
+        if not session.captured:
+            raise RuntimeError(f"{type(self.pipe).__name__} left its loop without a step at t = {first:.6g}.")
+        outputs = [c.output for c in session.captured]
+        raw = outputs[0][:batch] if len(outputs) == 1 and plan.batched else plan.pack(outputs, batch)
+        seen = plan.pack([c.sample for c in session.captured], batch) if plan.settle else x
+        return raw, plan.pack(outputs, batch), seen
+
+    def _spreads(self, x: Tensor, times: Tensor, cond: Inputs) -> bool:
+        """Return whether this kind of call takes one time per sample; tried once, against one call per time."""
+        key = (cond.rows[0].kind, cond.guided)
+        if key not in self.per_sample:
+            other = int((times != times[0]).nonzero()[0])
+            pair = torch.tensor([0, other])
+            self.per_sample[key] = self._try_spread(x.detach()[pair.to(x.device)], times[pair], cond[pair])
+        return self.per_sample[key]
+
+    def _try_spread(self, x: Tensor, times: Tensor, cond: Inputs) -> bool:
+        if len(self._calls(cond)) > 1 or any(self._locate(cond, float(v))[1] != self.steps for v in times):
+            return False
+        with torch.no_grad():
+            apart = torch.cat([self._step(x[i : i + 1], float(times[i]), cond[torch.tensor([i])])[1] for i in (0, 1)])
+            try:
+                together = self._step(x, times, cond)[1]
+            except Exception:  # whatever the pipeline does with t, it does not take a vector: that is the answer
+                return False
+        scale = float(apart.float().abs().amax()) + 1e-12
+        return float((apart - together).float().abs().amax()) < 1e-3 * scale
+
+    # -- calls -------------------------------------------------------------------------------------------------
+    def _calls(self, cond: Inputs) -> list[list[int]]:
+        """Return which rows share a call: all, or each its own where the pipeline cannot batch them."""
+        key = (cond.rows[0].kind, cond.guided)
+        batched = self.plans[key].batched if key in self.plans else True
+        if len(cond) == 1 or (batched and call_arguments(cond.rows, self.tap.accepted) is not None):
+            return [list(range(len(cond)))]
+        return [[i] for i in range(len(cond))]
+
+    def _arguments(self, rows: Sequence[Row], guided: bool, steps: int, output_type: str = "pt") -> dict[str, Any]:
+        own = call_arguments(rows, self.tap.accepted)
+        assert own is not None, "rows that cannot share a call"
+        accepted = self.tap.accepted
+        arguments = {**self.base, **own, "num_inference_steps": steps, "output_type": output_type, "return_dict": False}
+        if "sigmas" in self.base or "timesteps" in self.base:
+            arguments.pop("num_inference_steps")
+        if len(rows) > 1 and "batch_size" in accepted:
+            arguments["batch_size"] = len(rows)
+        device = "cpu"
+        draws = [torch.Generator(device).manual_seed(r.seed) for r in (rows if rows[0].kind else rows[:1])]
+        arguments["generator"] = draws[0] if len(draws) == 1 else draws
+        if not guided:
+            arguments |= self._unguided()
+        return {k: v for k, v in arguments.items() if k in accepted}
+
+    def _run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
+        session.batch = len(rows)
+        session.module_memo = bool(rows[0].kind) or "encode_prompt" not in vars(self.tap.shadow_class)
+        arguments = self._arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
+        return self.tap.call(arguments, session)
+
+    def _unguided(self) -> dict[str, Any]:
+        """Return the arguments that switch the guidance rule off; embedded guidance is the network's own and stays."""
+        accepted = self.tap.accepted
+        scales = [
+            k for k in ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "audio_guidance_scale") if k in accepted
+        ]
+        if "true_cfg_scale" in scales:
+            return {"true_cfg_scale": 1.0}
+        rule = getattr(type(self.pipe), "do_classifier_free_guidance", None)
+        off = 1.0
+        if isinstance(rule, property) and rule.fget is not None:
+            bare = object.__new__(self.tap.shadow_class)
+            vars(bare).update({**vars(self.pipe), "_guidance_scale": 1.0})
+            off = 0.0 if rule.fget(bare) else 1.0
+        return dict.fromkeys(scales, off)
+
+    # -- media -------------------------------------------------------------------------------------------------
+    def decode(
+        self,
+        x: Tensor,
+        cond: Inputs,
+        *,
+        chunk: int | None = None,
+        frames: Sequence[int] | None = None,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """Return media of states at data time; differentiable, also where pixels leave their range.
+
+        Args:
+            x: ``(B, *shape)``.
+            cond: B rows.
+            chunk: samples decoded at a time; all when None.
+            frames: of a video, which to return; only the latents that they need are decoded.
+            checkpoint: recompute the decoder in the backward pass.
+        """
+        self._check(x, cond)
+        return self.decoder(x, cond, chunk=chunk, frames=frames, checkpoint=checkpoint)
+
+    def latents(self, media: Tensor, cond: Inputs) -> Tensor:
+        """Return clean states ``(B, *shape)`` of media: the way in."""
+        return self.decoder.latents(media, cond)
+
+    # -- files -------------------------------------------------------------------------------------------------
+    def save(self, path: Path | str) -> None:
+        """Write what was trained: LoRA weights if there are any, else the whole pipeline, in diffusers format."""
+        lora.save(self.pipe, self.networks, Path(path))
+
+
+def _modality(accepted: frozenset[str]) -> Modality:
+    if accepted & {"num_frames", "video_length"}:
+        return "video"
+    return "audio" if any("audio" in name for name in accepted) else "image"

@@ -1,0 +1,222 @@
+"""A kernel that hands the step to the pipeline's own scheduler object.
+
+Multistep solvers (UniPC, DPM++, DEIS, LMS, PNDM) keep what they saw before on themselves. Here each step runs on a fresh
+copy of the solver as it was when the loop began; whatever the step changed on it becomes the ``carry``, tensors
+``(B, ...)`` that the core may index when particles branch or are resampled.
+
+A stochastic solver's ``prev = mean + std · z`` is read off by letting its own draw be zero and then one, so DDPM,
+Euler-ancestral, LCM, SDE-DPM++ and the Brownian tree solvers have a mean, a std and a log-probability too.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowalign.gaussian import Gaussian, per_sample, work_dtype
+from flowalign.kernels import Kernel
+from flowalign.pipelines.grid import Grid
+from flowalign.process import Posterior, Time
+
+if TYPE_CHECKING:
+    from flowalign.pipelines.adapter import Adapter
+
+__all__ = ["Handover"]
+
+SECOND = "old_pred_original_sample"  # CogVideoX DPM is given back its own second return value
+
+
+class Handover(Kernel):
+    """The pipeline's own solver as a kernel; exact on the pipeline's own grid.
+
+    Args:
+        adapter: whose solver; its grids must contain the steps taken.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._noisy: dict[tuple[float, float], bool] = {}
+
+    def __call__(self, x: Tensor, posterior: Posterior, t: Time, s: Time, carry: Any = None) -> tuple[Gaussian, Any]:
+        """Return the solver's law of ``x_s`` and its memory.
+
+        Raises:
+            ValueError: if ``t → s`` is not a step of the pipeline's grid, or differs within the batch.
+        """
+        now, then = _one(t), _one(s)
+        grid, index = self._find(now, then)
+        x = x.to(work_dtype(x))
+        raw = posterior.output
+        if raw is None:
+            raw = grid.convention.write(x, posterior)
+        if self.adapter.settles:  # the pipeline blends before the network looks: step from what it saw
+            a, sigma = (per_sample(c, x) for c in posterior.process(t))
+            x = a * posterior.x0 + sigma * posterior.eps
+        solver = _restore(grid, index, carry)
+        mean, second, drew = self._step(solver, grid, index, raw, x, carry, 0.0)
+        std = x.new_zeros(())
+        if drew:
+            with torch.no_grad():
+                one, _, _ = self._step(_restore(grid, index, carry), grid, index, raw.detach(), x.detach(), carry, 1.0)
+            std = _common((one - mean).detach())
+        self._noisy[now, then] = drew
+        return Gaussian(mean.to(work_dtype(mean)), std), _memory(solver, grid, second, len(x))
+
+    def stochastic(self, t: float, s: float) -> bool:
+        """Return whether the solver draws noise from t to s; tried on zeros if it has not been seen."""
+        key = (float(t), float(s))
+        if key not in self._noisy:
+            grid, index = self._find(*key)
+            zero = torch.zeros(1, 4, 2, 2)
+            _, _, drew = self._step(_restore(grid, index, None), grid, index, zero, zero, None, 0.0)
+            self._noisy[key] = drew
+        return self._noisy[key]
+
+    def _find(self, t: float, s: float) -> tuple[Grid, int]:
+        grids = self.adapter.known_grids()
+        for grid in grids:
+            i = grid.find(t)
+            if i is not None and grid.listed[i + 1] == s:
+                return grid, i
+        raise ValueError(
+            f"the pipeline's own solver steps along its own grid only, and {t:.6g} → {s:.6g} is no step of it; known "
+            f"grids: {[list(g.listed) for g in grids]}. Take the times from times(steps), or another kernel."
+        )
+
+    def _step(
+        self, solver: Any, grid: Grid, index: int, raw: Tensor, x: Tensor, carry: Any, draw: float
+    ) -> tuple[Tensor, Any, bool]:
+        """Run one real step; return the next state, a second return value if there is one, and whether it drew."""
+        parameters = inspect.signature(type(solver).step).parameters
+        plan = self.adapter.any_plan()
+        stamp = grid.timesteps[index]
+        arguments: dict[str, Any] = {k: v for k, v in plan.extra.items() if k in parameters}
+        arguments |= {"model_output": raw, "timestep": stamp, "sample": x, "return_dict": False}
+        if plan.stamp_dims:
+            arguments["timestep"] = stamp.expand(len(x))
+        if SECOND in parameters:
+            arguments[SECOND] = None if carry is None else carry[-1]
+            arguments["timestep_back"] = grid.timesteps[index - 1] if index else None
+        with drawing(solver, draw) as drew:
+            out = solver.step(**{k: v for k, v in arguments.items() if k in parameters})
+        second = out[1] if len(out) > 1 and isinstance(out[1], Tensor) else None
+        return out[0], second if SECOND in parameters else None, bool(drew)
+
+
+def _one(t: Time) -> float:
+    values = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
+    if not bool((values == values[0]).all()):
+        raise ValueError(
+            f"the pipeline's own solver takes one time for the whole batch; got {sorted(set(values.tolist()))}. Group the "
+            "batch by time, or use a kernel of flowalign.kernels."
+        )
+    return float(values[0])
+
+
+def _copy(solver: Any) -> Any:
+    twin = copy.copy(solver)
+    for key, value in vars(twin).items():
+        if type(value) is list:
+            vars(twin)[key] = list(value)
+    return twin
+
+
+def _restore(grid: Grid, index: int, carry: Any) -> Any:
+    """Return the solver with its memory, or fresh at this grid point."""
+    solver = _copy(grid.scheduler)
+    state = vars(solver)
+    if "is_scale_input_called" in state:
+        state["is_scale_input_called"] = True
+    if carry is not None:
+        for name, value in carry[0]:
+            state[name] = _decode(value)
+    elif "_step_index" in state and (index or grid.offset):
+        state["_step_index"] = index + grid.offset
+    return solver
+
+
+def _memory(solver: Any, grid: Grid, second: Any, batch: int) -> Any:
+    """Return what the step changed on the solver, as nested tuples."""
+    before = vars(grid.scheduler)
+    changed = []
+    for name, value in sorted(vars(solver).items()):
+        old = before.get(name)
+        same = value is old or (
+            isinstance(value, int | float | bool | str) and type(old) is type(value) and old == value
+        )
+        if isinstance(value, list) and isinstance(old, list):
+            same = len(value) == len(old) and all(a is b for a, b in zip(value, old, strict=True))
+        if not same and name not in ("timesteps", "sigmas", "is_scale_input_called", "noise_sampler"):
+            changed.append((name, _encode(value, batch)))
+    return (tuple(changed), second)
+
+
+def _encode(value: Any, batch: int) -> Any:
+    """Make memory indexable: lists become tuples, a tensor that is not per sample is repeated for each."""
+    if isinstance(value, list):
+        return ("list", *(_encode(v, batch) for v in value))
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape[0] == batch:
+            return ("rows", value)
+        return ("same", value.expand(batch, *value.shape))
+    return ("plain", value)
+
+
+def _decode(value: Any) -> Any:
+    kind, *rest = value
+    if kind == "list":
+        return [_decode(v) for v in rest]
+    return rest[0][0] if kind == "same" else rest[0]
+
+
+def _common(std: Tensor) -> Tensor:
+    """Return one std per sample where it is constant over space, else the map."""
+    flat = std.flatten(1)
+    mean = flat.double().mean(1)
+    if bool(((flat.double() - mean[:, None]).abs().amax(1) <= 1e-3 * mean.abs() + 1e-6).all()):
+        return mean.to(std).reshape(-1, *[1] * (std.ndim - 1))
+    return std
+
+
+@contextmanager
+def drawing(solver: Any, value: float) -> Iterator[list[int]]:
+    """Let every draw of a solver be a constant; the list has an entry per draw."""
+    drew: list[int] = []
+
+    def constant(
+        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+    ) -> Tensor:
+        drew.append(1)
+        return torch.full(tuple(shape), value, device=device, dtype=dtype)
+
+    spaces: list[Mapping[str, Any]] = [
+        vars(inspect.getmodule(kind)) for kind in type(solver).__mro__ if kind is not object
+    ]
+    before = [(space, space["randn_tensor"]) for space in spaces if "randn_tensor" in space]
+    for space, _ in before:
+        space["randn_tensor"] = constant  # type: ignore[index]
+    if "noise_sampler" in vars(solver):  # Brownian trees: called with two sigmas, returns noise of the sample's shape
+        solver.noise_sampler = _Sampler(value, drew)
+    try:
+        yield drew
+    finally:
+        for space, old in before:
+            space["randn_tensor"] = old  # type: ignore[index]
+
+
+class _Sampler:
+    """Stands where a Brownian tree would."""
+
+    def __init__(self, value: float, drew: list[int]) -> None:
+        self.value, self.drew = value, drew
+
+    def __call__(self, *_: Any) -> float:
+        """Return the constant, which broadcasts."""
+        self.drew.append(1)
+        return self.value

@@ -1,0 +1,156 @@
+"""The self-test: two steps of the stock call against the adapter, on the user's own pipeline and inputs.
+
+It is the honest answer for a pipeline that nobody has tried. The stock call runs undisturbed, decorated as it is, on a
+shadow whose scheduler copy only writes down what passes through ``step``; the adapter must then give the same outputs
+at the same states, and the same final latents when it rolls out on its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.pipelines.handover import Handover
+from flowalign.pipelines.tap import StepCall, _Run
+
+if TYPE_CHECKING:
+    from flowalign.pipelines.adapter import Adapter
+    from flowalign.pipelines.condition import Inputs
+
+__all__ = ["Verdict", "examine", "stock"]
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the self-test says.
+
+    Attributes:
+        pipeline: class name.
+        status: ``passes``, ``fails`` or ``not tried``.
+        one_step: largest relative difference of a model output to the stock call's.
+        rollout: the same of the final latents under the pipeline's own solver; None where it draws noise.
+        reason: why not, in words.
+    """
+
+    pipeline: str
+    status: Literal["passes", "fails", "not tried"]
+    one_step: float | None = None
+    rollout: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """Return one line for a person."""
+        if self.status != "passes":
+            return f"{self.pipeline}: {self.status}: {self.reason}"
+        free = "solver draws noise" if self.rollout is None else f"rollout {self.rollout:.1e}"
+        return f"{self.pipeline}: passes (one step {self.one_step:.1e}, {free}, relative to the stock call)"
+
+
+def stock(adapter: Adapter, cond: Inputs, steps: int) -> tuple[list[StepCall], list[Tensor]]:
+    """Run the pipeline's own decorated call and return what it handed to ``step`` and what ``step`` returned."""
+    pipe = adapter.pipe
+    shadow = object.__new__(type(pipe))
+    vars(shadow).update(vars(pipe))
+    solver = copy.copy(pipe.scheduler)
+    for key, value in vars(solver).items():
+        if type(value) is list:
+            vars(solver)[key] = list(value)
+    calls: list[StepCall] = []
+    results: list[Tensor] = []
+    binder = _Run(adapter.tap, None, shadow, False, torch.random.get_rng_state())  # type: ignore[arg-type]
+
+    @functools.wraps(type(solver).step)
+    def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+        call = binder._bind(this, args, kwargs)
+        calls.append(replace(call, sample=call.sample.clone(), output=call.output.clone()))
+        out = type(this).step(this, *args, **kwargs)
+        results.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
+        return out
+
+    vars(solver)["step"] = MethodType(step, solver)
+    vars(shadow)["scheduler"] = solver
+    vars(shadow)["_progress_bar_config"] = {"disable": True}
+    arguments = adapter._arguments(cond.rows, cond.guided, steps, "latent")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        type(pipe).__call__(shadow, **arguments)
+    return calls, results
+
+
+def examine(adapter: Adapter, cond: Inputs, steps: int = 2) -> Verdict:
+    """Compare two steps; where a first try fails, try with iteration 0 run for real (key-value caches)."""
+    name = type(adapter.pipe).__name__
+    try:
+        first = _compare(adapter, cond, steps)
+    except Exception as problem:  # the pipeline's own code may raise anything: the verdict is that it did
+        first = Verdict(name, "fails", reason=f"{type(problem).__name__}: {problem}")
+    if first.status == "passes" or not adapter.plans:
+        return first
+    cold = dict(adapter.plans)
+    adapter.plans = {key: replace(plan, warm=True) for key, plan in cold.items()}
+    try:
+        second = _compare(adapter, cond, steps)
+    except Exception:  # the first reason is the one to tell
+        second = first
+    if second.status != "passes":
+        adapter.plans = cold
+        return first
+    return second
+
+
+@torch.no_grad()
+def _compare(adapter: Adapter, cond: Inputs, steps: int) -> Verdict:
+    name = type(adapter.pipe).__name__
+    plan = adapter._plan(cond)
+    calls, results = stock(adapter, cond, steps)
+    times = adapter.times(steps, cond).tolist()
+    count = len(times) - 1
+    if len(calls) != count * plan.steps:
+        return Verdict(name, "fails", reason=f"{len(calls)} scheduler steps in the stock call for a grid of {count}")
+    solver, carry, x = Handover(adapter), None, None
+    worst, noisy = 0.0, False
+    for i in range(count):
+        own = [calls[i * plan.steps + k] for k in plan.captures]
+        seen = plan.pack([c.sample for c in own], 1)
+        x = seen if x is None else x
+        want = plan.pack([c.output for c in own], 1)
+        worst = max(worst, _gap(adapter._evaluate(seen, times[i], cond)[1], want))
+        if worst < TOLERANCE and not noisy:
+            law, carry = solver(x, adapter.posterior(x, times[i], cond), times[i], times[i + 1], carry)
+            noisy = bool((law.std != 0).any())
+            x = law.mean
+    if worst >= TOLERANCE:
+        return Verdict(
+            name, "fails", worst, None, f"model outputs differ from the stock call's by {worst:.1e} (relative)"
+        )
+    if noisy:
+        return Verdict(name, "passes", worst)
+    assert x is not None
+    last = _final(results, plan.captures, plan.steps)
+    end = plan.pack(last, 1)
+    free = _gap(x, end)
+    if free >= TOLERANCE:
+        return Verdict(
+            name, "fails", worst, free, f"each step agrees, but a free rollout ends {free:.1e} apart (relative)"
+        )
+    return Verdict(name, "passes", worst, free)
+
+
+def _final(results: Sequence[Tensor], captures: Sequence[int], steps: int) -> list[Tensor]:
+    return [results[len(results) - steps + k] for k in captures]
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    a, b = a.float(), b.float()
+    if a.shape != b.shape or not bool(torch.isfinite(b).all()):
+        return float("inf") if a.shape != b.shape else float((~torch.isfinite(b)).sum())
+    return float((a - b).abs().amax() / b.abs().amax().clamp_min(1e-12))
