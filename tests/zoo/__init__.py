@@ -33,6 +33,8 @@ FILES = (
     "wan",
     "wan_more",
     "dit_image",
+    "dit_more",
+    "video_more",
     "sana",
     "z_image",
     "qwen",

@@ -49,14 +49,17 @@ def controlnet(extra: int = 0) -> diffusers.QwenImageControlNetModel:
 
 
 def layered() -> dict[str, Any]:
-    """Return the components of the layered variant: four colour channels, a token type for each layer."""
-    net = transformer(use_additional_t_cond=True, use_layer3d_rope=True)
-    return parts(vae=qwen_vae(levels=5, base=2, input_channels=4), transformer=net)
+    """Return the components of the layered variant: four colour channels, a token type for each layer.
+
+    The latents must not have four channels too: four would be taken for latents and not be encoded.
+    """
+    net = transformer(in_channels=24, out_channels=6, use_additional_t_cond=True, use_layer3d_rope=True)
+    return parts(vae=qwen_vae(latent=6, levels=5, base=2, input_channels=4), transformer=net)
 
 
-def qwen(name: str, given: dict[str, Any], inputs: dict[str, Any], notes: str = "") -> Case:
+def qwen(name: str, given: dict[str, Any], inputs: dict[str, Any], notes: str = "", **rest: Any) -> Case:
     """Return a pipeline of the Qwen-Image family."""
-    return make(f"QwenImage{name}", given, TEXT | inputs, "image", "qwen_image", notes=notes)
+    return make(f"QwenImage{name}", given, TEXT | inputs, "image", "qwen_image", notes=notes, **rest)
 
 
 MEGA = "the picture is resized to a megapixel whatever its size"
@@ -77,5 +80,7 @@ BUILDERS: dict[str, Builder] = {
     "QwenImageEditInpaint": lambda: qwen(
         "EditInpaint", edit_parts(), EDIT | {"mask_image": mask(32), "strength": 0.9}, MEGA
     ),
-    "QwenImageLayered": lambda: qwen("Layered", layered(), LAYERS, "the picture is resized to 640 x 640"),
+    "QwenImageLayered": lambda: qwen(
+        "Layered", layered(), LAYERS, "the picture is resized to 640 x 640", output_type="pt"
+    ),
 }

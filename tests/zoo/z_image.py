@@ -67,7 +67,8 @@ def omni() -> dict[str, Any]:
         "siglip": tf.Siglip2VisionModel(config),
         "siglip_processor": tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16),
     }
-    return z_image(transformer=z_image_transformer(siglip_feat_dim=16), **sight)
+    vae = flow_vae().bfloat16()  # the pipeline encodes in this precision whatever the autoencoder has
+    return z_image(transformer=z_image_transformer(siglip_feat_dim=16), vae=vae, **sight)
 
 
 def z(kind: str, inputs: dict[str, Any], given: dict[str, Any] | None = None) -> Case:
