@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from flowalign.process import Posterior, Process, Time
 __all__ = ["Denoiser", "Policy", "Role", "Switch", "Weights"]
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """The part of a pipeline that a policy needs; closed-form worlds implement just this."""
 
