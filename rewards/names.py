@@ -30,7 +30,13 @@ REWARDS: dict[str, str] = {
     "aesthetic": _HERE + "aesthetic:Aesthetic",
     "clip": _HERE + "clip:ClipScore",
     "clip-hf": _HERE + "clip:HFClipScore",
+    "clip-iqa": _HERE + "quality:ClipIqa",
     "compressibility": _HERE + "jpeg:Compressibility",
+    "dino": _HERE + "dino:DinoSimilarity",
+    "dino-adversarial": _HERE + "dino:Discriminator",
+    "face": _HERE + "face:FaceIdentity",
+    "full-reference": _HERE + "quality:FullReference",
+    "geneval": _HERE + "geneval:GenEval",
     "hps": _HERE + "hps:HPS",
     "hps-crop": _HERE + "hps:HPSCrop",
     "hps3": _HERE + "hps3:HPS3",
@@ -38,6 +44,8 @@ REWARDS: dict[str, str] = {
     "incompressibility": _HERE + "jpeg:Incompressibility",
     "ocr": _HERE + "ocr:OCR",
     "pickscore": _HERE + "pickscore:PickScore",
+    "smoothness": _HERE + "quality:Smoothness",
+    "spatial": _HERE + "spatial:Spatial",
 }
 """Name to ``module:Class``; the class has a class attribute ``card``. One line per reward, in alphabetical order."""
 
