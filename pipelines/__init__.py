@@ -10,11 +10,11 @@ if __name__ != "flowalign.pipelines":  # the folder sits at the top of the repos
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
     from flowalign.pipelines.handover import Handover
-    from flowalign.pipelines.load import load
+    from flowalign.pipelines.loading import load
 
 __all__ = ["Adapter", "Handover", "load"]
 
-HOMES = {"Adapter": "adapter", "Handover": "handover", "load": "load"}
+HOMES = {"Adapter": "adapter", "Handover": "handover", "load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

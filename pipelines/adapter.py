@@ -38,7 +38,7 @@ from flowalign.protocols import Meta, Modality
 __all__ = ["Adapter"]
 
 log = logging.getLogger("flowalign")
-PROBE_STEPS = 4
+PROBE_STEPS = 2
 NETWORKS = ("transformer", "unet", "prior", "decoder", "model", "dit")
 
 
@@ -220,9 +220,16 @@ class Adapter:
     def _plan(self, cond: Inputs) -> Plan:
         key = (cond.rows[0].kind, cond.guided)
         if key not in self.plans:
-            steps = max(self.steps, 2)
+            steps = self._two(cond)
             self.plans[key] = learn(self.tap, self._arguments(cond.rows[:1], cond.guided, steps))
         return self.plans[key]
+
+    def _two(self, cond: Inputs) -> int:
+        """Return a number of steps whose grid has at least two entries (image-to-image starts inside its grid)."""
+        steps = max(self.steps, 2)
+        while len(self._grid(cond, steps)) < 2 and steps < 64:
+            steps *= 2
+        return steps
 
     def _grid(self, cond: Inputs, steps: int) -> Grid:
         key = (cond.rows[0].kind, steps)
@@ -365,7 +372,7 @@ class Adapter:
             stamps = [grid.timesteps[s.index] if s.timestep is None else torch.tensor(s.timestep) for s in values]
             time = torch.stack([s.to(grid.timesteps) for s in stamps])
         parts = plan.unpack(x)
-        visits = [Visit(0)] if plan.warm and spot.index > 0 else []
+        visits = [Visit(0, put=parts, real=plan.warm == "real")] if plan.warm and spot.index > 0 else []
         if plan.way == "S" or (plan.settle and spot.index > 0):
             visits.append(Visit(max(spot.index - 1, 0), put=parts, real=False))
         visits.append(Visit(spot.index, time=time))
@@ -429,7 +436,8 @@ class Adapter:
 
     def _run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
         session.batch = len(rows)
-        session.module_memo = bool(rows[0].kind) or "encode_prompt" not in vars(self.tap.shadow_class)
+        by_prompt = "encode_prompt" in vars(self.tap.shadow_class) and "prior" not in vars(self.pipe)
+        session.module_memo = bool(rows[0].kind) or not by_prompt
         arguments = self._arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
         return self.tap.call(arguments, session)
 

@@ -266,7 +266,8 @@ class Trig(Convention):
     def times(self, scheduler: Any) -> Tensor:
         """Return ``2θ/π``."""
         angles = scheduler.timesteps.detach().double().cpu()
-        return torch.cat([angles * (2 / math.pi), angles.new_zeros(1)])
+        # the largest angle is written 1.57080, which is a little more than π/2
+        return torch.cat([(angles * (2 / math.pi)).clamp_max(1.0), angles.new_zeros(1)])
 
     def timestep(self, t: float) -> float:
         """Return the angle."""
@@ -380,6 +381,8 @@ def _diffusion(scheduler: Any, prediction: str, n: int) -> Convention:
             boundary = (float(config.timestep_scaling), 0.5)
         return Diffusion(process, prediction, n, "sigmas" in state, boundary)
     top = float(scheduler.sigmas.max())
+    if config.get("use_karras_sigmas") and config.get("sigma_max") is not None:
+        top = float(config.sigma_max)  # before set_timesteps, sigmas still are those of the table
     continuous = config.get("timestep_type") == "continuous"
     if continuous or math.atan(top) > process.angles[-1] + 1e-4:
         return KDiffusion(Karras(top, 7.0), prediction, n, continuous)

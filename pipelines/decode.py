@@ -104,11 +104,11 @@ class Decoder:
 
     def _by(self, way: str, x: Tensor, cond: Inputs) -> Tensor:
         adapter, plan = self.adapter, self.adapter._plan(cond)
-        parts, steps = plan.unpack(x), max(adapter.steps, 2)
+        parts, steps = plan.unpack(x), adapter._two(cond)
         last = len(adapter._grid(cond, steps)) - 1
         visits = [] if way == "zero" or (way == "raw" and plan.way == "P") else [Visit(last, put=parts, real=False)]
         if plan.warm and visits:
-            visits.insert(0, Visit(0, put=parts, real=False))
+            visits.insert(0, Visit(0, put=parts, real=plan.warm == "real"))
         session = plan.session(len(x), visits=visits, x=parts[0] if plan.way == "P" else None)
         with StraightThrough():
             if way != "raw":

@@ -216,7 +216,7 @@ class _Sampler:
     def __init__(self, value: float, drew: list[int]) -> None:
         self.value, self.drew = value, drew
 
-    def __call__(self, *_: Any) -> float:
+    def __call__(self, *_: Any) -> Tensor:
         """Return the constant, which broadcasts."""
         self.drew.append(1)
-        return self.value
+        return torch.tensor(self.value)

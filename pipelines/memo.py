@@ -46,6 +46,13 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def unshared(tree: Any) -> Any:
+    """Return the same tensors in fresh lists and tuples: pipelines write into the lists they are given."""
+    if type(tree) in (list, tuple):
+        return type(tree)(unshared(t) for t in tree)
+    return dict(tree) if type(tree) is dict else tree
+
+
 def leaves(tree: Any) -> list[Any]:
     """Return the items of a method's result, a bare tensor being one."""
     return list(tree) if isinstance(tree, tuple) else [tree]
@@ -82,7 +89,7 @@ class Memo:
         if key not in self.calls:
             self._store(self.calls, key, self._run(method, args, kwargs))
         self.calls.move_to_end(key)
-        return self.calls[key]
+        return unshared(self.calls[key])
 
     def prompts(self, method: Callable[..., Any], name: str, arguments: dict[str, Any], batch: int) -> Any:
         """Return ``method(**arguments)`` for a batch, assembled from rows that are known.
@@ -93,7 +100,7 @@ class Memo:
             arguments: by name, without ``self``.
             batch: number of rows; lists of that many strings run along them.
         """
-        along = [k for k, v in arguments.items() if _column(v, batch)]
+        along = [k for k, v in arguments.items() if "prompt" in k and "template" not in k and _column(v, batch)]
         if not along:
             return self.whole(name, method, (), arguments)
         try:
@@ -104,10 +111,10 @@ class Memo:
         key = (static, tuple(rows))
         if key in self.batches:
             self.batches.move_to_end(key)
-            return self.batches[key]
+            return unshared(self.batches[key])
         out = self._joint(method, arguments, along, static, rows)
         self._store(self.batches, key, out)
-        return out
+        return unshared(out)
 
     def _joint(
         self, method: Callable[..., Any], arguments: dict[str, Any], along: list[str], static: Any, rows: list[Any]

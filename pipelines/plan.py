@@ -32,7 +32,8 @@ class Plan:
         captures: those that count.
         networks: names and output shapes of one iteration, to be replayed.
         settle: whether the pipeline changes its latents after a step.
-        warm: whether iteration 0 must have run before (key-value caches); set by the self-test.
+        warm: whether iteration 0 must come first: with replayed networks (variables bound there) or really
+            (key-value caches); set by the self-test.
         extra: further arguments of ``step`` (``eta``, ...).
         stamp_dims: dimensions of the timestep that the pipeline hands to ``step``.
     """
@@ -48,7 +49,7 @@ class Plan:
     settle: bool
     extra: Mapping[str, Any]
     stamp_dims: int = 0
-    warm: bool = False
+    warm: Literal["", "dummy", "real"] = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +116,7 @@ def learn(tap: Tap, arguments: Mapping[str, Any]) -> Plan:
         shapes=tuple(tuple(c.sample.shape) for c in seen),
         dtypes=tuple(c.sample.dtype for c in seen),
         blocks=_blocks(seen),
-        batched=all(c.sample.shape[0] in (1, 2) for c in seen),
+        batched=all(c.sample.shape[0] == _blocks(seen) for c in seen),
         steps=steps,
         captures=captures,
         networks=tuple((n, _shadow(out)) for n, out in probe.networks),
@@ -128,25 +129,29 @@ def learn(tap: Tap, arguments: Mapping[str, Any]) -> Plan:
 
 
 def _way_in(tap: Tap, arguments: Mapping[str, Any], plan: Plan, probe: Session) -> Plan:
-    mark = tuple(
-        torch.randn(s).to(d).to(probe.calls[0].sample.device) for s, d in zip(plan.shapes, plan.dtypes, strict=True)
-    )
+    device = probe.calls[0].sample.device
+    mark = tuple(torch.randn(s).to(device, d) for s, d in zip(plan.shapes, plan.dtypes, strict=True))
     if plan.blocks > 1:
         mark = tuple(torch.cat([m[: len(m) // plan.blocks]] * plan.blocks) for m in mark)
+    x = None
     if len(mark) == 1 and probe.prepared_shape == mark[0].shape:
         session = plan.session(1, x=mark[0], visits=[Visit(0, real=False)])
         tap.call(arguments, session)
         if session.captured and torch.equal(session.captured[0].sample, mark[0]):
-            return replace(plan, way="P", settle=_settles(tap, arguments, plan, mark, 0, mark[0]))
-    settle = _settles(tap, arguments, plan, mark, 0, None)
-    return replace(plan, way="S", settle=settle)
+            x = mark[0]
+    plan = replace(plan, way="S" if x is None else "P", settle=_settles(tap, arguments, plan, mark, x))
+    try:  # does a later iteration need what the first one has bound?
+        tap.call(arguments, plan.session(1, x=x, visits=[Visit(1, put=mark, real=False), Visit(1, real=False)]))
+    except UnboundLocalError:
+        plan = replace(plan, warm="dummy")
+    return plan
 
 
 def _settles(
-    tap: Tap, arguments: Mapping[str, Any], plan: Plan, mark: tuple[Tensor, ...], index: int, x: Tensor | None
+    tap: Tap, arguments: Mapping[str, Any], plan: Plan, mark: tuple[Tensor, ...], x: Tensor | None
 ) -> bool:
     """Return whether code after the step changes what it returned; the grid must have two entries for it to show."""
-    session = plan.session(1, x=x, visits=[Visit(index, put=mark, real=False), Visit(index + 1, real=False)])
+    session = plan.session(1, x=x, visits=[Visit(0, put=mark, real=False), Visit(1, real=False)])
     tap.call(arguments, session)
     if len(session.captured) != len(mark):
         raise ValueError(f"{type(tap.pipe).__name__} ended its loop before a second step; ask for at least two steps.")
@@ -167,7 +172,8 @@ def _shadow(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_shadow(t) for t in tree]
     if isinstance(tree, Mapping):
-        return type(tree)(**{k: _shadow(v) for k, v in tree.items()})
+        fields = {k: _shadow(v) for k, v in tree.items()}
+        return fields if type(tree) is dict else type(tree)(**fields)
     return tree
 
 

@@ -97,6 +97,7 @@ class Session:
     batch: int = 1
     # results
     entered: bool = False
+    placed: bool = False
     track: Tensor | None = None
     offset: int = 0
     scheduler: Any = None
@@ -159,11 +160,17 @@ class Tap:
             torch.set_grad_enabled(False)
             torch.default_generator.manual_seed(0)
             try:
-                return self.function(shadow, **_fresh(arguments))
+                out = self.function(shadow, **_fresh(arguments))
             except Halt:
-                return None
+                out = None
             finally:
                 vars(shadow).clear()
+        if session.x is not None and not session.placed:
+            raise ValueError(
+                f"states of shape {tuple(session.x.shape)} were given, but this call of {type(self.pipe).__name__} works "
+                f"on {tuple(session.prepared_shape or ())}. Make them with start(), or see shape()."
+            )
+        return out
 
 
 class _Run:
@@ -278,13 +285,9 @@ class _Run:
         items = list(out) if isinstance(out, tuple | list) else [out]
         session.prepared_shape = items[0].shape if isinstance(items[0], Tensor) else None
         session.prepared = items[0]
-        if session.x is None or not isinstance(items[0], Tensor):
-            return out
-        if session.x.shape != items[0].shape:
-            raise ValueError(
-                f"states of shape {tuple(session.x.shape)} were given, but this call of {type(self.tap.pipe).__name__} "
-                f"works on {tuple(items[0].shape)}. Use start() or shape() of the adapter to make them."
-            )
+        if session.x is None or not isinstance(items[0], Tensor) or session.x.shape != items[0].shape:
+            return out  # another loop's latents (the prior of StableUnCLIP)
+        session.placed = True
         # x * 1: some loops write into their latents in place
         items[0] = session.x.to(items[0]) * 1
         return type(out)(items) if isinstance(out, tuple | list) else items[0]
@@ -319,12 +322,11 @@ class _Run:
         names = list(bound)[1:]
         extra = {k: v for k, v in bound.items() if k in names and k not in ("model_output", "timestep", "sample")}
         extra.pop("return_dict", None)
-        for number, known in enumerate(self.schedulers):
-            if known is scheduler:
-                break
-        else:
-            number = len(self.schedulers)
+        known = [id(s) for s in self.schedulers]
+        if id(scheduler) not in known:
+            known.append(id(scheduler))
             self.schedulers.append(scheduler)
+        number = known.index(id(scheduler))
         first = bound.get("model_output", bound[names[0]])
         return StepCall(number, first, bound.get("timestep"), bound["sample"], extra)
 
