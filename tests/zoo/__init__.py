@@ -41,6 +41,11 @@ FILES = (
     "ltx",
     "video",
     "audio",
+    "audio_more",
+    "cosmos",
+    "vlm_image",
+    "video_flow",
+    "cascade",
 )
 
 

@@ -166,3 +166,39 @@ def vlm_parts(width: int = WIDTH) -> dict[str, Any]:
     """Return the text side of Qwen-Image and its relatives: Qwen2.5-VL, tokenizer, processor."""
     tokenizer = bpe_tokenizer()
     return {"text_encoder": qwen25_vl(width), "tokenizer": tokenizer, "processor": qwen_processor(tokenizer)}
+
+
+def qwen3_vl(width: int = WIDTH, layers: int = 2) -> tf.Qwen3VLForConditionalGeneration:
+    """Return a Qwen3-VL with a vision tower of one block."""
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "patch_size": 16,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = tf.Qwen3VLConfig(
+        text_config={**sizes(width, layers), "rope_parameters": mrope(width)},
+        vision_config=vision,
+        image_token_id=IDS["<|image_pad|>"],
+        video_token_id=IDS["<|video_pad|>"],
+        vision_start_token_id=IDS["<|vision_start|>"],
+        vision_end_token_id=IDS["<|vision_end|>"],
+    )
+    return tf.Qwen3VLForConditionalGeneration(config)
+
+
+def vlm3_parts(width: int = WIDTH, layers: int = 2) -> dict[str, Any]:
+    """Return Qwen3-VL, tokenizer and processor; a picture becomes at most four tokens."""
+    tokenizer = bpe_tokenizer()
+    small = {"size": {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}, "patch_size": 16}
+    processor = tf.Qwen3VLProcessor(
+        image_processor=tf.Qwen2VLImageProcessor(**small),
+        tokenizer=tokenizer,
+        video_processor=tf.Qwen3VLVideoProcessor(**small),
+        chat_template=tokenizer.chat_template,
+    )
+    return {"text_encoder": qwen3_vl(width, layers), "tokenizer": tokenizer, "processor": processor}

@@ -85,3 +85,14 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
         norm_num_groups=4,
         sample_size=16,
     )
+
+
+def deep_wan_vae(latent: int = 16) -> diffusers.AutoencoderKLWan:
+    """Return a Wan autoencoder 32 times smaller in space, for pipelines that insist on a megapixel."""
+    return wan_vae(
+        latent,
+        base_dim=2,
+        dim_mult=[1] * 6,
+        temperal_downsample=[False, False, False, True, True],
+        scale_factor_spatial=32,
+    )

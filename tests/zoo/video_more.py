@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 import transformers as tf
-from torch import Tensor
 
 from .case import Builder, make
 from .dit_image import byt5, euler, t5_side
 from .llm import IDS, bpe_tokenizer, qwen25_vl, sizes
 from .ltx import TEXT
-from .media import clip, picture, waves
+from .media import clip, picture
 from .stable_diffusion import BETAS, SIZE
 from .text import WIDTH
 from .vaes import hunyuan_video_vae, image_vae
@@ -171,11 +169,6 @@ def easyanimate(channels: int, **extra: Any) -> dict[str, Any]:
     return {"text_encoder": qwen25_vl(), "tokenizer": bpe_tokenizer(), "vae": vae, "transformer": net, **euler(5.0)}
 
 
-def film() -> Tensor:
-    """Return the clip as a tensor ``(1, 3, F, H, W)`` in [0, 1], the only form that EasyAnimate takes."""
-    return torch.stack([waves(16, 16, 0.4 * k) for k in range(5)], dim=1)[None]
-
-
 EASY = {"prompt": "a red circle moving", "negative_prompt": "blurry", "guidance_scale": 5.0} | frames(5)
 PICTURED = {
     "prompt_template": {
@@ -235,11 +228,4 @@ BUILDERS: dict[str, Builder] = {
         "hunyuan_video",
     ),
     "EasyAnimate": lambda: make("EasyAnimate", easyanimate(4), EASY, "video", "easyanimate"),
-    "EasyAnimateInpaint": lambda: make(
-        "EasyAnimateInpaint",
-        easyanimate(9),
-        EASY | {"video": film(), "mask_video": 255.0 * (film()[:, :1] > 0.5), "strength": 1.0},
-        "video",
-        "easyanimate",
-    ),
 }
