@@ -15,7 +15,7 @@ CHECKED = (
     "ledger", "selection", "potentials", "credit",
 )  # fmt: skip
 
-install_import_hook([f"flowalign.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"flowalign.{name}" for name in CHECKED], "checking.checked")
 torch.set_num_threads(1)
 
 

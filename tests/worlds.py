@@ -1,7 +1,7 @@
 """Closed-form worlds with their answers: the ground truth that the core is held to.
 
-Everything is float64. A world is a ``Denoiser``, so it goes into ``Policy`` as it is. ``tests/test_worlds.py`` checks each
-formula against quadrature, finite differences or autograd before another test relies on it.
+Everything is float64. A world is a ``Denoiser``, so it goes into ``Policy`` as it is. ``tests/test_worlds.py`` checks
+each formula against quadrature, finite differences or autograd before another test relies on it.
 
     Normal      x0 ~ N(m, c²) in every coordinate: affine posterior, Gaussian reverse kernel, any state shape
     Mixture     x0 ~ Σ w_k N(m_k, C_k): posterior, score, reverse kernel, tilted target, log Z, value function
@@ -266,13 +266,12 @@ class Link(NamedTuple):
 
 
 def chain(world: Normal, kernel: Kernel, times: Tensor) -> list[Link]:
-    """Read the affine maps off the kernel itself, by probing it at two states (kernels without memory)."""
-    probe = torch.tensor([[0.0], [1.0]], dtype=F64)
-    out = []
-    for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        law, _ = kernel(probe, world.posterior(probe, t), t, s)
-        out.append(Link((law.mean[1] - law.mean[0])[0], law.mean[0, 0], law.std.expand_as(probe)[0, 0]))
-    return out
+    """Read the affine maps off the kernel itself, by probing every step at two states (kernels without memory)."""
+    start, end = times[:-1], times[1:]
+    low, high = torch.zeros(len(start), 1, dtype=F64), torch.ones(len(start), 1, dtype=F64)
+    a, b = (kernel(x, world.posterior(x, start), start, end)[0] for x in (low, high))
+    slope, offset, std = b.mean - a.mean, a.mean, a.std.expand_as(low)
+    return [Link(*parts) for parts in zip(slope[:, 0], offset[:, 0], std[:, 0], strict=True)]
 
 
 def output(world: Normal, links: list[Link], t: float) -> tuple[Tensor, Tensor]:
