@@ -38,7 +38,7 @@ class MotionSmoothness(Judge):
     """
 
     card = Card(
-        name="motion_smoothness",
+        name="motion-smoothness",
         summary="how little the flow changes within two frames; 1 for uniform motion and for none",
         modality=("video",),
         differentiable=True,
@@ -57,7 +57,7 @@ class MotionSmoothness(Judge):
     def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
         """Return ``(B,)`` scores in [0, 1] of videos ``(B, F, 3, H, W)`` with F ≥ 3; prompts are not read."""
         if media.shape[1] < 3:
-            raise ValueError(f"motion_smoothness looks a frame ahead and a frame back: 3 frames; got {media.shape[1]}.")
+            raise ValueError(f"motion-smoothness looks a frame ahead and a frame back: 3 frames; got {media.shape[1]}.")
         video = media.float()
         ahead = video_flow(self.flow, video[:, 1:])
         back = video_flow(self.flow, video.flip(1)[:, 1:]).flip(1)
@@ -78,7 +78,7 @@ class DynamicDegree(Judge):
     """
 
     card = Card(
-        name="dynamic_degree",
+        name="dynamic-degree",
         summary="mean speed of the fastest 5 % of pixels, in pixels per frame at a short side of 256",
         modality=("video",),
         differentiable=True,
@@ -107,7 +107,7 @@ class DynamicDegree(Judge):
     def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
         """Return ``(B,)`` speeds of videos ``(B, F, 3, H, W)`` with F ≥ 2; prompts are not read."""
         if media.shape[1] < 2:
-            raise ValueError(f"dynamic_degree needs 2 frames; got {media.shape[1]}.")
+            raise ValueError(f"dynamic-degree needs 2 frames; got {media.shape[1]}.")
         speed = _speed(video_flow(self.flow, media.float())).flatten(2) * (256 / min(media.shape[-2:]))
         fastest = speed.topk(max(1, round(self.share * speed.shape[2])), dim=2).values.mean(2)
         return (fastest if self.cap is None else fastest.clamp(max=self.cap)).mean(1)
