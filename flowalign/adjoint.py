@@ -12,16 +12,19 @@ step's graph is alive at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowalign.credit import Credit, Levels
+from flowalign.experience import Experience
 from flowalign.kernels import Kernel
 from flowalign.policy import Policy
 from flowalign.trajectory import Trajectory
 
-__all__ = ["lean_adjoint", "reward_gradient"]
+__all__ = ["LeanAdjoint", "lean_adjoint", "reward_gradient"]
 
 
 def reward_gradient(score: Callable[[Tensor, Tensor], Tensor], x: Tensor, row: Tensor) -> Tensor:
@@ -83,3 +86,24 @@ def lean_adjoint(
         policy.ledger.gradients += len(x)
         out[k] = a
     return out
+
+
+@dataclass(frozen=True)
+class LeanAdjoint(Credit):
+    """Credits each step with the adjoint after it: entry k is ``a_k``, which the step *into* level k gets.
+
+    Attributes:
+        kernel: of the rollout; memoryless where the target is the tilt of the data law.
+        scale: λ.
+        last: truncate the adjoint to so many last steps; all when None.
+    """
+
+    kernel: Kernel
+    scale: float = 1.0
+    last: int | None = None
+
+    def __call__(self, experience: Experience) -> Levels:
+        """Differentiate the reward at the leaves and carry the gradient back through the reference."""
+        e, leaves = experience, experience.trajectory.leaves
+        terminal = -self.scale * reward_gradient(e.judge, leaves.x, leaves.row)
+        return lean_adjoint(e.policy, self.kernel, e.trajectory, terminal, e.cond, last=self.last)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowalign.experience import Experience
+from flowalign.experience import Experience, same
 from flowalign.noise import START, Noise, mix
 from flowalign.objectives.backprop import Grown
 from flowalign.policy import Policy
@@ -32,6 +33,7 @@ class Collector:
         recipe: the method.
         steps: sampling steps.
         seed: of the run.
+        gather: joins per-sample values of all processes.
     """
 
     pipeline: Pipeline
@@ -40,6 +42,7 @@ class Collector:
     recipe: Recipe
     steps: int
     seed: int
+    gather: Callable[[Tensor], Tensor] = same
 
     def bind(self, draw: Draw) -> Bound:
         """Encode a draw's prompts and return their judge."""
@@ -94,6 +97,7 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
         scores=judge,
         seed=collector.seed,
         iteration=iteration,
+        gather=collector.gather,
     )
 
 

@@ -51,20 +51,27 @@ class Normalise:
     eps: float = 1e-4
     clamp: float | None = 5.0
 
-    def __call__(self, values: Tensor, group: Tensor) -> Tensor:
-        """Normalise ``values (N,)`` within ``group (N,)``; a group without variance gets exactly 0."""
+    def __call__(self, values: Tensor, group: Tensor, batch: Tensor | None = None) -> Tensor:
+        """Normalise ``values (N,)`` within ``group (N,)``; a group without variance gets exactly 0.
+
+        Args:
+            values: of the samples.
+            group: of each sample.
+            batch: values of the whole batch where other processes hold parts of it.
+        """
+        batch = values if batch is None else batch
         group = group.to(values.device)
         n = int(group.max()) + 1
         mean = {
             "group": lambda: group_mean(values, group, n)[group],
-            "batch": lambda: values.mean(),
+            "batch": lambda: batch.mean(),
             "none": lambda: values.new_zeros(()),
         }[self.center]()
         out = values - mean
         if self.scale == "group":
             out = out / (self._group_std(values, group, n)[group] + self.eps)
         elif self.scale == "batch":
-            out = out / (values.std(correction=int(self.unbiased)) + self.eps)
+            out = out / (batch.std(correction=int(self.unbiased)) + self.eps)
         return out if self.clamp is None else out.clamp(-self.clamp, self.clamp)
 
     def _group_std(self, values: Tensor, group: Tensor, n: int) -> Tensor:
@@ -100,8 +107,8 @@ class Group(Credit):
         e = experience
         group = e.group[e.trajectory.leaves.row]
         if not self.per_reward:
-            return self.normalise(e.total, group)
-        parts = [e.weights[name] * self.normalise(r, group) for name, r in e.rewards.items()]
+            return self.normalise(e.total, group, e.gather(e.total))
+        parts = [e.weights[name] * self.normalise(r, group, e.gather(r)) for name, r in e.rewards.items()]
         return torch.stack(parts).sum(0)
 
     def __call__(self, experience: Experience) -> Levels:

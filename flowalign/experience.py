@@ -71,6 +71,11 @@ def complete(
     return out
 
 
+def same(values: Tensor) -> Tensor:
+    """Return the values of the only process there is."""
+    return values
+
+
 @dataclass(frozen=True)
 class Experience:
     """What one iteration gathered.
@@ -86,6 +91,7 @@ class Experience:
         seed: of the iteration, for whatever is drawn later.
         iteration: number of the iteration.
         media: the decoded leaves, where they were kept.
+        gather: joins per-sample values of all processes, for statistics of the whole batch.
     """
 
     policy: Policy
@@ -98,6 +104,7 @@ class Experience:
     seed: int = 0
     iteration: int = 0
     media: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] = same
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowalign import checkpoint
 from flowalign.collect import Collector, collect
+from flowalign.experience import same
 from flowalign.ledger import Ledger
 from flowalign.minibatch import minibatches
 from flowalign.options import FitOptions
@@ -24,7 +25,7 @@ from flowalign.policy import Policy
 from flowalign.protocols import Pipeline
 from flowalign.recipe import Recipe, trained_steps
 from flowalign.scorer import Scorer
-from flowalign.source import Source
+from flowalign.source import Draw, Source
 from flowalign.trainer import Trainer
 
 __all__ = ["FitOptions", "Metrics", "fit"]
@@ -69,7 +70,8 @@ def fit(
     trainer = Trainer(policy, parameters, recipe, source, options, accelerator)
     if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
         trainer.load_state_dict(checkpoint.load(path))
-    collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed)
+    gather = same if accelerator is None else accelerator.gather
+    collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather)
     while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
         metrics = _iterate(trainer, collector)
         trainer.iteration += 1
@@ -83,7 +85,7 @@ def fit(
 def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
     """Do one iteration."""
     o, recipe, ledger = trainer.options, trainer.recipe, trainer.policy.ledger
-    draw = trainer.source.draw(trainer.iteration, o.groups, o.size)
+    draw = _share(trainer.source.draw(trainer.iteration, o.groups, o.size), trainer.accelerator)
     seen: dict[str, list[Tensor]] = {}
     experience = None
     if recipe.objective.wants != "grown":
@@ -108,6 +110,17 @@ def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
         for learner in recipe.learners:
             metrics |= learner.observe(experience)
     return metrics | {f"ledger/{k}": v for k, v in ledger.state_dict().items()}
+
+
+def _share(draw: Draw, accelerator: Any) -> Draw:
+    """Return this process's groups; a sample keeps its key, so its noise does not depend on who draws it."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return draw
+    n, groups = accelerator.num_processes, int(draw.group.max()) + 1
+    if groups % n:
+        raise ValueError(f"{groups} groups cannot be shared evenly by {n} processes; set groups to a multiple of {n}.")
+    first = accelerator.process_index * (groups // n)
+    return draw.part(range(first, first + groups // n))
 
 
 def _summarise(experience: Any) -> Metrics:

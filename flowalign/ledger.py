@@ -52,7 +52,7 @@ class Ledger:
 
     def state_dict(self) -> dict[str, float]:
         """Return the counts, phases as ``seconds/NAME``."""
-        counts = {u: getattr(self, u) for u in UNITS[:-1]}
+        counts = {u: float(getattr(self, u)) for u in UNITS[:-1]}
         return counts | {f"seconds/{k}": v for k, v in self.phases.items()}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

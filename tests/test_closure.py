@@ -167,7 +167,7 @@ def test_dense_grpo() -> None:
 
 
 def test_g2rpo() -> None:
-    """One stochastic step in an ODE, from one shared evaluation: rewards of a group differ by that step's noise alone."""
+    """One stochastic step in an ODE, from one shared evaluation: rewards then differ by that step's noise alone."""
     policy, k, group = Policy(WORLD), 3, 6
     anchor = rollout(policy, ODE, TIMES, Nodes.enter(noises(1)), noise=stream(), keep=True)
     paid = policy.ledger.evaluations
@@ -276,7 +276,7 @@ def tilted_mean(kernel: EulerMaruyama, times: torch.Tensor) -> float:
 
 
 def test_diffusion_nft() -> None:
-    """At the old policy dL/dx̂0 = -2 E|x0 - x̂0| for A = x0 - m: the posterior spread in closed form. A = 0 is at rest."""
+    """At the old policy dL/dx̂0 = -2 E|x0 - x̂0| for A = x0 - m, the posterior spread. A = 0 is at rest."""
     t, n = 0.4, 200_000
     x0, noise = WORLD.start(noises(n), 0.0), noises(n, 5)
     for gain in (1.0, 0.0):
@@ -292,7 +292,7 @@ def test_diffusion_nft() -> None:
 
 
 def test_flow_dpo() -> None:
-    """At the reference the loss is log 2, its slope (β/2)(x_w - x_l) t/V: the shared noise cancels exactly."""
+    """At the reference the loss is log 2, its slope (β/2)(x_w - x_l) t/V: noise cancels."""
     t, beta = 0.3, 10.0
     policy, net = trained(TIMES)
     win, lose = WORLD.start(noises(9), 0.0), WORLD.start(noises(9, 2), 0.0)
@@ -306,7 +306,7 @@ def test_flow_dpo() -> None:
 
 
 def test_relative_trajectory_balance() -> None:
-    """At the optimum of a linear reward the imbalance is -λ c P_0 x_0 + const: what the chain remembers of its start."""
+    """At the optimum of a linear reward the imbalance is -λ c P_0 x_0 + const: what the chain remembers."""
     kernel, times = EulerMaruyama(FlowGrpo(0.7)), TIMES
     policy, net = trained(times)
     tree = rollout(policy, kernel, times, Nodes.enter(noises(64)), noise=stream())
