@@ -57,7 +57,7 @@ class FaceIdentity(Judge):
 
     def __init__(
         self,
-        weights: str | Path | nn.Module,
+        weights: str | Path | nn.Module | None = None,
         pool: Float[Tensor, "k d"] | None = None,
         how: Literal["max", "mean"] = "max",
         *,
@@ -67,6 +67,11 @@ class FaceIdentity(Judge):
         super().__init__()
         if how not in ("max", "mean"):
             raise ValueError(f"how must be max or mean; got {how!r}.")
+        if weights is None:
+            raise ValueError(
+                "the face reward needs an ArcFace checkpoint of yours (published ones are for non-commercial research): "
+                "face@/path/backbone.pth, or FaceIdentity(weights)."
+            )
         self.network = weights if isinstance(weights, nn.Module) else IResNet(weights)
         self.pool, self.how, self.landmarks, self.aligned = pool, how, landmarks, aligned
         self.freeze()

@@ -130,7 +130,8 @@ class HPS3(Judge):
         hidden = self.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        mu, log_sigma = self.rm_head(_last(hidden, ids.eq(self.special)).float()).unbind(-1)
+        last = _last(hidden, ids.eq(self.special))
+        mu, log_sigma = self.rm_head(last.to(torch.promote_types(last.dtype, torch.float32))).unbind(-1)
         return mu.to(media.device), log_sigma.exp().to(media.device)
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
