@@ -483,10 +483,32 @@ class Adapter:
         """Return clean states ``(B, *shape)`` of media: the way in."""
         return self.decoder.latents(media, cond)
 
+    # -- LoRA --------------------------------------------------------------------------------------------------
+    @property
+    def experts(self) -> dict[str, nn.Module]:
+        """The networks to train, by component name: the denoiser, or both experts."""
+        found = self.denoiser
+        if isinstance(found, nn.ModuleDict):
+            return dict(found.items())
+        return {k: m for k, m in self.networks.items() if m is found}
+
+    def add_lora(
+        self, rank: int = 16, alpha: float | None = None, targets: Sequence[str] | None = None, seed: int = 0
+    ) -> list[nn.Parameter]:
+        """Put a fresh LoRA on the denoiser, freeze the rest of it, and return the trainable parameters.
+
+        See :func:`flowalign.pipelines.lora.add`.
+        """
+        return lora.add(self.experts, rank, alpha, targets, seed=seed)
+
+    def load_lora(self, path: Path | str) -> None:
+        """Read LoRA weights in diffusers format; refuses those of another model before touching anything."""
+        lora.load(self.pipe, self.experts, path)
+
     # -- files -------------------------------------------------------------------------------------------------
     def save(self, path: Path | str) -> None:
         """Write what was trained: LoRA weights if there are any, else the whole pipeline, in diffusers format."""
-        lora.save(self.pipe, self.networks, Path(path))
+        lora.save(self.pipe, self.experts, Path(path))
 
 
 def _modality(accepted: frozenset[str]) -> Modality:

@@ -116,7 +116,8 @@ def scenes(generator: torch.Generator, n: int, split: Split) -> tuple[Scene, Sce
     # the named object's colour trades places with whichever object had it
     swapped = torch.where(scene.colour == which[:, 1:2], scene.colour[:, :1], scene.colour)
     scene.here[:, 2] = third
-    scene = replace(scene, colour=swapped).with_object(torch.zeros_like(third).long(), colour=which[:, 1], shape=which[:, 2])
+    first = torch.zeros_like(which[:, 0])
+    scene = replace(scene, colour=swapped).with_object(first, colour=which[:, 1], shape=which[:, 2])
     after = apply(scene, which[:, 0], generator)
     room = (scene.apart() & after.apart()).reshape(n, TRIES)
     pick = torch.arange(n, device=device) * TRIES + room.int().argmax(1)
