@@ -53,8 +53,10 @@ class Collector:
         """Roll out a draw."""
         r = self.recipe
         noise = Noise(mix(self.seed, iteration), draw.keys)
-        times = self.pipeline.times(self.steps)
-        start = enter(self.pipeline, judge.cond, draw.rows(), noise, float(times[0]), shared=r.shared_noise)
+        times = r.grid(self.pipeline.times(self.steps))
+        samples = torch.tensor([r.roots(n) for n in draw.samples.tolist()])
+        row = torch.arange(len(samples)).repeat_interleave(samples)
+        start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=r.shared_noise)
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
             value=None if r.value is None else r.value(judge.total), potential=r.potential, select=r.select,

@@ -143,7 +143,7 @@ def _check(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> None:
     """Refuse what cannot learn before any long work starts."""
     wants = recipe.objective.wants
     if wants in ("transitions", "paths"):
-        trained_steps(recipe, pipeline.times(options.steps))
+        trained_steps(recipe, recipe.grid(pipeline.times(options.steps)))
     if wants == "pairs" and options.size < 2:
         raise ValueError(f"preference pairs need size >= 2 samples per prompt; got {options.size}.")
     grouped = getattr(getattr(recipe.credit, "normalise", None), "center", None) == "group"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from flowalign.experience import Experience
 from flowalign.guidance import Guide
 from flowalign.kernels import Kernel
 from flowalign.objectives.base import Objective
-from flowalign.policy import Policy
 from flowalign.potentials.base import Potential
 from flowalign.rollout import Tape
 from flowalign.selection.base import Selection
@@ -30,12 +29,20 @@ from flowalign.values import Score, Value
 __all__ = ["Learner", "Recipe"]
 
 
+T = TypeVar("T")
+
+
 class Learner(Stateful):
     """Something that learns beside the policy from the same experience: value net, discriminator, ψ(t), a window."""
 
     def observe(self, experience: Experience) -> dict[str, float]:
         """Learn; return metrics."""
         return {}
+
+
+def identity(x: T) -> T:
+    """Return the argument."""
+    return x
 
 
 def always(level: int, t: float, s: float) -> bool:
@@ -57,6 +64,8 @@ class Recipe:
         potential: weights of lineages.
         role: whose weights sample (``old`` for DiffusionNFT).
         old: decay of the old policy, update number → decay, where the objective or the sampler uses one.
+        roots: samples of a row → nodes that enter for it; trees enter few and branch (``roots(16) = 1``).
+        grid: the pipeline's times → the method's (early exit, fewer steps after a window).
         shared_noise: one initial noise for all samples of a group (DanceGRPO).
         trained: ``(level, t, s) → bool``: which of the stochastic steps are trained.
         thin: a further subset of the transitions of an iteration, e.g. random steps per sample.
@@ -77,6 +86,8 @@ class Recipe:
     potential: Potential | None = None
     role: str = "current"
     old: Callable[[int], float] | None = None
+    roots: Callable[[int], int] = identity
+    grid: Callable[[Tensor], Tensor] = identity
     shared_noise: bool = False
     trained: Callable[[int, float, float], bool] = always
     thin: Callable[[Transitions, Experience], Transitions] | None = None
@@ -112,6 +123,3 @@ def trained_steps(recipe: Recipe, times: Tensor) -> list[int]:
             "more steps, a positive noise level, or a wider window."
         )
     return levels
-
-
-Prepare = Callable[[Policy], Any]

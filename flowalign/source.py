@@ -59,10 +59,6 @@ class Draw:
     keys: tuple[int, ...]
     samples: Tensor
 
-    def rows(self) -> Tensor:
-        """Return the row of each sample, ``(N,)``."""
-        return torch.arange(len(self.prompts)).repeat_interleave(self.samples)
-
     def part(self, groups: Sequence[int]) -> Draw:
         """Return the rows of some groups, renumbered from 0."""
         keep = [i for i, g in enumerate(self.group.tolist()) if g in set(groups)]
