@@ -2,6 +2,9 @@
 
 A fixed schedule keeps Ẑ unbiased. Choosing λ_k from the particles, so that the ESS falls to a target at each level
 (Del Moral, Doucet & Jasra 2012), does not: the bias is O(1/N). Both say which they are.
+
+Near pure noise all values are alike and any λ_k would keep the ESS: the adaptive rule would jump to λ at the first
+level and be no tempering at all. It is therefore held below 1 - t.
 """
 
 from __future__ import annotations
@@ -47,14 +50,24 @@ class Tempered(Potential):
         if self.schedule is not None:
             return self.scale * self.schedule(t) * value - total, None
         before = value.new_zeros(len(value)) if own is None else own
-        share = _bisect(lambda f: log_w + f * self.scale * value - total, before, row, n_rows, self.target)
+        high = before.clamp_min(1 - t)
+        share = _bisect(lambda f: log_w + f * self.scale * value - total, before, high, row, n_rows, self.target)
         return self.scale * share * value - total, share
 
 
 def _bisect(
-    weights: Callable[[Tensor], Tensor], low: Tensor, row: Tensor, n_rows: int, target: float, rounds: int = 40
+    weights: Callable[[Tensor], Tensor],
+    low: Tensor,
+    high: Tensor,
+    row: Tensor,
+    n_rows: int,
+    target: float,
+    rounds: int = 40,
 ) -> Tensor:
-    """Return per node its row's largest share in [low, 1] whose ESS is at least ``target`` of the row's particles."""
+    """Return per node its row's largest share in [low, high] whose ESS is at least ``target`` of the row's particles.
+
+    Where no share is, the answer is ``low``.
+    """
     row = row.to(low.device)
     n = torch.bincount(row, minlength=n_rows).to(low)
 
@@ -65,10 +78,9 @@ def _bisect(
         first, second = w.new_zeros(n_rows).index_add(0, row, w), w.new_zeros(n_rows).index_add(0, row, w**2)
         return (first**2 / second >= target * n)[row]
 
-    high = torch.ones_like(low)
-    done = enough(high)
+    most, done = high, enough(high)
     for _ in range(rounds):
         mid = (low + high) / 2
         ok = enough(mid)
         low, high = torch.where(ok, mid, low), torch.where(ok, high, mid)
-    return torch.where(done, torch.ones_like(low), low)
+    return torch.where(done, most, low)
