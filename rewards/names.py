@@ -47,6 +47,7 @@ REWARDS: dict[str, str] = {
     "idm": _HERE + "idm:ActionAgreement",
     "imagereward": _HERE + "imagereward:ImageReward",
     "incompressibility": _HERE + "jpeg:Incompressibility",
+    "judge": _HERE + "judge:OpenAIJudge",
     "log-spectral": _HERE + "audio_signal:LogSpectralDistance",
     "mmd": _HERE + "sets:MMDSet",
     "motion-smoothness": _HERE + "motion:MotionSmoothness",
