@@ -220,3 +220,64 @@ def hps3_checkpoint(path: Path, config, vocab: int, seed: int = 3, layout: str =
         )
     save_file(state, path)
     return path
+
+
+def dino(folder: Path, seed: int = 5) -> Path:
+    """facebook/dinov2-base's layout: config.json and model.safetensors."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    model = Dinov2Model(
+        Dinov2Config(
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+        )
+    )
+    for p in model.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def iresnet(path: Path, widths=(4, 6, 8, 8), depths=(1, 2, 1, 1), features: int = 16, seed: int = 6) -> Path:
+    """backbone.pth of insightface's iresnet: the names and shapes, num_batches_tracked included."""
+    g = torch.Generator().manual_seed(seed)
+    state = {}
+
+    def conv(name, out, inn, k):
+        state[f"{name}.weight"] = torch.randn(out, inn, k, k, generator=g) / (inn * k * k) ** 0.5
+
+    def bn(name, n):
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            1 + 0.1 * torch.randn(n, generator=g),
+            0.1 * torch.randn(n, generator=g),
+        )
+        state[f"{name}.running_mean"] = 0.1 * torch.randn(n, generator=g)
+        state[f"{name}.running_var"] = 1 + 0.1 * torch.rand(n, generator=g)
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    conv("conv1", widths[0], 3, 3)
+    bn("bn1", widths[0])
+    state["prelu.weight"] = torch.full((widths[0],), 0.25)
+    inner = widths[0]
+    for i, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
+        for j in range(depth):
+            n = f"layer{i}.{j}"
+            bn(f"{n}.bn1", inner if j == 0 else width)
+            conv(f"{n}.conv1", width, inner if j == 0 else width, 3)
+            bn(f"{n}.bn2", width)
+            state[f"{n}.prelu.weight"] = torch.full((width,), 0.1)
+            conv(f"{n}.conv2", width, width, 3)
+            bn(f"{n}.bn3", width)
+            if j == 0:
+                conv(f"{n}.downsample.0", width, inner, 1)
+                bn(f"{n}.downsample.1", width)
+        inner = width
+    bn("bn2", inner)
+    state["fc.weight"], state["fc.bias"] = (
+        torch.randn(features, inner * 49, generator=g) * 0.1,
+        torch.randn(features, generator=g),
+    )
+    bn("features", features)
+    torch.save(state, path)
+    return path
