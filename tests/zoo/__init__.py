@@ -6,7 +6,7 @@
 >>> case.pipe(**case.inputs, num_inference_steps=case.steps, output_type=case.output_type)  # doctest: +SKIP
 
 One file per kind of family holds a plain dictionary ``BUILDERS`` from name to function. A name is the class name
-without "Pipeline", plus a few variants. ``NOT_TRIED`` says why any other class that diffusers exports is absent.
+without "Pipeline", plus a few variants. ``NOT_TRIED`` says, by class name, why any other class is absent.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .absent import NOT_TRIED
+
 if TYPE_CHECKING:
     from .case import Builder, Case
 
-__all__ = ["build", "names"]
+__all__ = ["NOT_TRIED", "build", "names"]
 
 FILES = (
     "stable_diffusion",
@@ -26,6 +28,7 @@ FILES = (
     "sd_special",
     "pixels",
     "kandinsky",
+    "kolors",
     "animatediff",
     "sd3",
     "flux",
@@ -46,6 +49,8 @@ FILES = (
     "vlm_image",
     "video_flow",
     "cascade",
+    "newest_image",
+    "newest_video",
 )
 
 

@@ -95,7 +95,7 @@ def later(**extra: Any) -> dict[str, Any]:
 
 def transfer() -> dict[str, Any]:
     """Return the components of Cosmos 2.5 Transfer, a ControlNet on video."""
-    seen = {"img_context_dim_in": 16, "img_context_dim_out": 16}
+    seen = {"img_context_dim_in": 16, "img_context_dim_out": 2 * WIDTH}
     net = diffusers.CosmosControlNetModel(
         **SHAPE,
         **seen,

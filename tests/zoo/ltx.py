@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+from diffusers.pipelines.ltx2 import LTX2HDRReferenceCondition, LTX2VideoCondition
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
-from .case import Builder, make
+from .case import Builder, Case, make
 from .dit_image import euler, t5_side
 from .llm import bpe_tokenizer, gemma3
-from .media import picture
+from .media import picture, waves
 from .text import WIDTH
 
 TEXT = {"prompt": "a red circle moving", "negative_prompt": "blurry", "guidance_scale": 3.0, "max_sequence_length": 16}
@@ -148,7 +149,23 @@ def parts2(**extra: Any) -> dict[str, Any]:
     }
 
 
+def condition(**extra: Any) -> LTX2VideoCondition:
+    """Return a picture to stand at the start of a clip, not recompressed."""
+    return LTX2VideoCondition(frames=picture(32), index=0, strength=1.0, crf=0, **extra)
+
+
+def reference() -> dict[str, Any]:
+    """Return a picture as the reference of the tone-mapping variant."""
+    return {"reference_conditions": LTX2HDRReferenceCondition(frames=waves(32, 32)[None], strength=1.0)}
+
+
 STG = {"spatio_temporal_guidance_blocks": [1]}
+
+
+def second(name: str, inputs: dict[str, Any]) -> Case:
+    """Return a conditioned pipeline of LTX 2."""
+    return make(name, parts2(), TEXT | FRAMES | inputs, "video", "ltx2", notes="video and sound, two schedulers")
+
 
 BUILDERS: dict[str, Builder] = {
     "LTX": lambda: make("LTX", parts(), TEXT | FRAMES, "video", "ltx"),
@@ -161,4 +178,15 @@ BUILDERS: dict[str, Builder] = {
     "LTX2ImageToVideo": lambda: make(
         "LTX2ImageToVideo", parts2(), TEXT | FRAMES | STG | {"image": picture(32), "image_crf": 0}, "video", "ltx2"
     ),
+    "LTXCondition": lambda: make(
+        "LTXCondition",
+        parts(),
+        TEXT | FRAMES | {"image": picture(32)},
+        "video",
+        "ltx",
+        notes="fresh noise on conditioned tokens in each iteration",
+    ),
+    "LTX2Condition": lambda: second("LTX2Condition", STG | {"conditions": condition()}),
+    "LTX2InContext": lambda: second("LTX2InContext", STG | {"conditions": condition()}),
+    "LTX2HDR": lambda: second("LTX2HDR", reference()),
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+import diffusers
 import pytest
 import torch
 
-from . import build, names
+from . import NOT_TRIED, build, names
 
 REPRESENTATIVE = [
     "Chroma",
@@ -79,3 +80,24 @@ def test_build_leaves_the_global_generator():
     torch.manual_seed(5)
     build("StableDiffusion")
     assert torch.equal(torch.randn(3), expected)
+
+
+def exported() -> set[str]:
+    """Return the name of every pipeline class that the installed diffusers exports, its outputs and blocks aside."""
+    no = ("Output", "Blocks", "PipelineQuantizationConfig")
+    return {name for name in dir(diffusers) if "Pipeline" in name and not name.endswith(no)}
+
+
+def test_every_class_is_here_or_explained():
+    """A name stands for its class; variants stand for the class of the pipeline they build."""
+    here = {f"{name}Pipeline" for name in names()} & exported()
+    assert not here & NOT_TRIED.keys(), "a class cannot be both in the zoo and not tried"
+    assert here | NOT_TRIED.keys() == exported()
+    assert len(here) >= 190
+
+
+@pytest.mark.slow
+def test_variants_and_families():
+    cases = [build(name) for name in names()]
+    assert len({case.family for case in cases}) >= 60
+    assert {case.modality for case in cases} == {"image", "video", "audio"}

@@ -50,7 +50,7 @@ def kandinsky5(seen: bool, still: bool) -> dict[str, Any]:
         "text_encoder_2": clip_text(),
         "tokenizer_2": clip_tokenizer(),
         "transformer": net,
-        "vae": flow_vae(16, levels=6) if still else hunyuan_video_vae(16),
+        "vae": flow_vae(16, levels=4) if still else hunyuan_video_vae(16),
         **euler(5.0),
     }
 
@@ -104,8 +104,11 @@ def fifth(kind: str, inputs: dict[str, Any]) -> Case:
     """Return a pipeline of Kandinsky 5."""
     still = kind.endswith("2I")
     given = kandinsky5(seen=not (still and kind.startswith("T")), still=still)
-    call = TEXT | BIG | inputs | ({} if still else FRAMES)
-    return make(f"Kandinsky5{kind}", given, call, "image" if still else "video", "kandinsky5")
+    call = TEXT | BIG | ({} if still else FRAMES) | inputs
+    case = make(f"Kandinsky5{kind}", given, call, "image" if still else "video", "kandinsky5")
+    if still:
+        case.pipe.resolutions = [(32, 32)]  # the pipeline snaps to this list, whose members are megapixels
+    return case
 
 
 ANY = SHAPE | {"rope_max_seq_len": 32}
@@ -113,7 +116,7 @@ UNGUIDED = {key: value for key, value in TEXT.items() if key != "guidance_scale"
 
 BUILDERS: dict[str, Builder] = {
     "Kandinsky5T2V": lambda: fifth("T2V", {}),
-    "Kandinsky5I2V": lambda: fifth("I2V", FIRST),
+    "Kandinsky5I2V": lambda: fifth("I2V", FIRST | {"num_frames": 17}),
     "Kandinsky5T2I": lambda: fifth("T2I", {}),
     "Kandinsky5I2I": lambda: fifth("I2I", FIRST | {"max_sequence_length": 256}),
     "AnyFlow": lambda: make(

@@ -127,7 +127,7 @@ BUILDERS: dict[str, Builder] = {
     "JoyImageEditPlus": lambda: make(
         "JoyImageEditPlus",
         joy(diffusers.JoyImageEditPlusTransformer3DModel(**JOY)),
-        CFG | BIG | {"images": [picture(32)]},
+        CFG | {"height": 128, "width": 128, "images": [picture(32)]},
         "image",
         "joyimage",
         notes="reference latents are rewritten in place in each iteration",
