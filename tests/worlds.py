@@ -20,8 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.gaussian import Gaussian
-from flowalign.kernels import Kernel
+from flowalign.kernels import Ancestral, Kernel
+from flowalign.laws import Ddim
+from flowalign.noise import Stream
+from flowalign.policy import Policy
 from flowalign.process import Posterior, Process, Rectified, Time, VariancePreserving
+from flowalign.rollout import rollout
+from flowalign.trajectory import Nodes, Trajectory
+from flowalign.values import Tweedie
 
 F64 = torch.float64
 
@@ -323,6 +329,70 @@ def chain_log_z(world: Normal, values: list[Value1], t: float) -> Tensor:
     """``log E exp(reward)`` under the sampler's own output law, started from the exact marginal at t."""
     mean, var = world.moments(t)
     return values[0].smooth(torch.zeros((), dtype=F64), mean, var.sqrt()).c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two prompts with known evidence: many copies of both in one batch make a sharp test of unbiasedness
+
+
+@dataclass(frozen=True)
+class TwoPrompts:
+    """Even rows love large x, odd rows small ones: ``r = -p x²/2 + q x`` with its own p and q.
+
+    Attributes:
+        copies: of each prompt.
+        n: particles per row.
+        steps: of the chain.
+    """
+
+    copies: int = 1500
+    n: int = 4
+    steps: int = 6
+    world: Normal = Normal()
+    kernel: Kernel = Ancestral(Ddim(1.0))  # noqa: RUF009 - frozen
+    p: tuple[float, float] = (0.3, 0.1)
+    q: tuple[float, float] = (0.7, -0.5)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return 2 * self.copies
+
+    @property
+    def times(self) -> Tensor:
+        """The grid."""
+        return torch.linspace(1, 0, self.steps + 1, dtype=F64)
+
+    def score(self, x: Tensor, row: Tensor) -> Tensor:
+        """Reward of states ``(B, 1)``."""
+        kind = row % 2
+        p, q = torch.tensor(self.p, dtype=F64)[kind], torch.tensor(self.q, dtype=F64)[kind]
+        return -0.5 * p * x[:, 0] ** 2 + q * x[:, 0]
+
+    def log_z(self, scale: float = 1.0) -> Tensor:
+        """Exact ``log Z`` of the sampler for both prompts, ``(2,)``."""
+        links = chain(self.world, self.kernel, self.times)
+        values = [riccati(links, scale * p, scale * q) for p, q in zip(self.p, self.q, strict=True)]
+        return torch.stack([chain_log_z(self.world, v, 1.0) for v in values])
+
+    def run(self, seed: int = 0, **slots: Any) -> Trajectory:
+        """Roll out all particles of all rows in one batch; ``slots`` are the rollout's."""
+        g = torch.Generator().manual_seed(seed)
+        row = torch.arange(self.rows).repeat_interleave(self.n)
+        start = Nodes.enter(self.world.start(torch.randn(len(row), 1, generator=g, dtype=F64)), row)
+        slots = {"value": Tweedie(self.score)} | slots
+        return rollout(Policy(self.world), self.kernel, self.times, start, noise=Stream(g), **slots)
+
+    def ratios(self, log_evidence: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Mean of ``Ẑ/Z`` and its standard error for both prompts."""
+        ratio = (log_evidence.reshape(self.copies, 2) - self.log_z(scale)).exp()
+        return ratio.mean(0), ratio.std(0) / self.copies**0.5
+
+    def check(self, log_evidence: Tensor, scale: float = 1.0, limit: float = 0.02) -> None:
+        """Assert ``E[Ẑ] = Z`` within 4 standard errors, each at most ``limit`` of Z."""
+        mean, error = self.ratios(log_evidence, scale)
+        assert (error <= limit).all(), f"too noisy to tell: s.e. {error.tolist()}"
+        assert ((mean - 1).abs() <= 4 * error).all(), f"E[Ẑ]/Z = {mean.tolist()} ± {error.tolist()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
