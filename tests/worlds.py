@@ -391,8 +391,8 @@ class TwoPrompts:
     def check(self, log_evidence: Tensor, scale: float = 1.0, limit: float = 0.02) -> None:
         """Assert ``E[Ẑ] = Z`` within 4 standard errors, each at most ``limit`` of Z."""
         mean, error = self.ratios(log_evidence, scale)
-        assert (error <= limit).all(), f"too noisy to tell: s.e. {error.tolist()}"
         assert ((mean - 1).abs() <= 4 * error).all(), f"E[Ẑ]/Z = {mean.tolist()} ± {error.tolist()}"
+        assert (error <= limit).all(), f"too noisy to tell: s.e. {error.tolist()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
