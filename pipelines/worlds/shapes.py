@@ -1,0 +1,185 @@
+"""`shapes`: captioned coloured shapes at 32×32 by flow matching, an ordinary ``StableDiffusion3Pipeline``.
+
+Stock parts throughout: a trained ``AutoencoderKL`` that halves the edges, an ``SD3Transformer2DModel`` on 64 image tokens,
+two one-layer CLIP text encoders and a two-layer T5, all reading a vocabulary of the captions' own words. Loaded by
+``DiffusionPipeline.from_pretrained(folder)``; called with ``max_sequence_length=8``, the number of T5 tokens it was trained
+with (the pipeline's own default, 256, would pad every caption with 248 tokens that it has never seen).
+
+    min E |v(x_t, t, caption) - (ε - x0)|²,    x_t = (1 - t) x0 + t ε,    logit-normal t, 10 % empty captions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from flowalign.pipelines.worlds import prompts, scenes
+from flowalign.pipelines.worlds.parts import (
+    autoencoder,
+    autoencoder_loss,
+    flow_times,
+    normalise,
+    t5_encoder,
+    word_tokenizer,
+)
+from flowalign.pipelines.worlds.train import Stage, World
+
+__all__ = ["TOKENS", "WORLD", "encode", "latents"]
+
+TOKENS = 8  # the longest caption has seven words and an end
+BATCH = 64
+DROPOUT = 0.1
+WIDTH = 128
+
+
+def clip_encoder(vocabulary: int, width: int = 32) -> CLIPTextModelWithProjection:
+    """Return a one-layer CLIP text encoder of 8 tokens."""
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+            projection_dim=width,
+        )
+    )  # fmt: skip
+
+
+def build() -> StableDiffusion3Pipeline:
+    """Return the untrained pipeline."""
+    tokenizer = word_tokenizer([str(c) for c in scenes.captions()], TOKENS)
+    vae = autoencoder((16, 32), latent_channels=4)
+    transformer = SD3Transformer2DModel(
+        sample_size=scenes.SIZE // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
+        attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=64, caption_projection_dim=WIDTH,
+        pooled_projection_dim=64, pos_embed_max_size=scenes.SIZE // 4,
+    )  # fmt: skip
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    n = len(tokenizer)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=clip_encoder(n),
+        tokenizer=tokenizer,
+        text_encoder_2=clip_encoder(n),
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5_encoder(n),
+        tokenizer_3=tokenizer,
+    )
+
+
+@lru_cache(maxsize=4)
+def table(device: torch.device) -> scenes.Layout:
+    """Return the layouts of all captions that the base model is shown."""
+    return scenes.Layout(prompts.base(), device)
+
+
+@lru_cache(maxsize=4)
+def ids(tokenizer: Any, device: torch.device) -> Tensor:
+    """Return the token ids of all base captions, and of the empty one last, ``(C + 1, TOKENS)``."""
+    text = [*map(str, prompts.base()), ""]
+    out = tokenizer(text, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return out.input_ids.to(device)
+
+
+def encode(pipe: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prompt embeddings ``(B, 2 TOKENS, 64)`` and pooled ones ``(B, 64)``, as ``encode_prompt`` makes them."""
+    one = pipe.text_encoder(tokens, output_hidden_states=True)
+    two = pipe.text_encoder_2(tokens, output_hidden_states=True)
+    clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
+    t5 = pipe.text_encoder_3(tokens)[0]
+    clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    return torch.cat([clip, t5.to(clip.dtype)], 1), torch.cat([one[0], two[0]], -1)
+
+
+def draw(pipe: Any, g: torch.Generator, n: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Return pictures ``(n, 3, 32, 32)`` and caption indices ``(n,)``, every category equally often."""
+    groups = prompts.base_groups(g.device)
+    kind = torch.randint(len(groups), (n,), generator=g, device=g.device)
+    u = torch.rand(n, generator=g, device=g.device)
+    sizes = torch.tensor([len(x) for x in groups], device=g.device)
+    offset = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+    index = torch.cat(groups)[offset[kind] + (u * sizes[kind]).long()]
+    return scenes.draw(table(g.device)(index, g)), index
+
+
+def latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return normalised latents ``(B, 4, 16, 16)`` of pictures in [0, 1]."""
+    z = vae.encode(2 * images - 1).latent_dist.mean
+    return (z - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def picture_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Train the autoencoder."""
+    images, _ = draw(pipe, g)
+    edge = scenes.SIZE // 2
+    noise = torch.randn(BATCH, pipe.vae.config.latent_channels, edge, edge, generator=g, device=g.device)
+    return autoencoder_loss(pipe.vae, images, noise)
+
+
+def set_scale(pipe: Any, g: torch.Generator) -> None:
+    """Give latents mean 0 and standard deviation 1."""
+    normalise(pipe.vae, draw(pipe, g, 512)[0])
+
+
+def flow_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Train the transformer and the text encoders by flow matching."""
+    images, index = draw(pipe, g)
+    with torch.no_grad():
+        x0 = latents(pipe.vae, images).float()
+    known = ids(pipe.tokenizer, g.device)
+    empty = torch.rand(BATCH, generator=g, device=g.device) < DROPOUT
+    embeds, pooled = encode(pipe, known[torch.where(empty, len(known) - 1, index)])
+    noise = torch.randn(x0.shape, generator=g, device=g.device)
+    t = flow_times(BATCH, g)
+    x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
+    v = pipe.transformer(
+        hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
+    )[0]
+    return (v.float() - (noise - x0)).square().mean()
+
+
+def denoisers(pipe: Any) -> list[nn.Module]:
+    """Return what flow matching trains."""
+    return [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+
+
+WORLD = World(
+    name="shapes",
+    summary="captioned coloured shapes at 32×32, flow matching (StableDiffusion3Pipeline)",
+    build=build,
+    stages=(
+        Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 2000, lr=2e-3, after=set_scale),
+        Stage("flow", denoisers, flow_loss, 6000, lr=1.5e-3),
+    ),
+)
+
+
+def sample(
+    pipe: Any, text: Sequence[str], *, steps: int = 10, guidance: float = 1.0, seed: int = 0, batch: int = 128
+) -> Tensor:
+    """Return pictures ``(B, 3, 32, 32)`` of prompts by the plain pipeline, the same noise for the same seed."""
+    out = []
+    shape = (pipe.transformer.config.in_channels, scenes.SIZE // 2, scenes.SIZE // 2)
+    noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(seed))
+    for i in range(math.ceil(len(text) / batch)):
+        part = slice(i * batch, (i + 1) * batch)
+        out.append(
+            pipe(
+                prompt=list(text[part]), num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+                latents=noise[part].to(pipe.device), max_sequence_length=TOKENS,
+            ).images.float()
+        )  # fmt: skip
+    return torch.cat(out)
