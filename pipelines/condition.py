@@ -36,6 +36,11 @@ class Row:
         """What must agree for two rows to have states of the same shape: names and sizes of the inputs."""
         return tuple(sorted((name, _size(value)) for name, value in self.inputs.items() if _is_media(value)))
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What two rows share if they are the same sample's."""
+        return (self.prompt, self.seed, tuple((k, v if isinstance(v, str) else id(v)) for k, v in self.inputs.items()))
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -105,14 +110,14 @@ def call_arguments(rows: Sequence[Row], accepted: frozenset[str]) -> dict[str, A
     for name, values in columns.items():
         if "prompt" in name and all(isinstance(v, str) for v in values):
             call[name] = values
+        elif name == "class_labels":
+            call[name] = [v[0] if isinstance(v, list | tuple) else v for v in values]
         elif same(values) and not _is_media(values[0]):
             call[name] = values[0]
         elif all(isinstance(v, Image.Image) for v in values):
             call[name] = values
         elif all(isinstance(v, Tensor) for v in values) and len({v.shape for v in values}) == 1:
             call[name] = torch.cat(values) if values[0].shape[0] == 1 else torch.stack(values)
-        elif name == "class_labels":
-            call[name] = [v[0] if isinstance(v, list | tuple) else v for v in values]
         else:
             return None
     return call

@@ -339,6 +339,9 @@ def convention(scheduler: Any) -> Convention:
     n = float(config.get("num_train_timesteps", 1000) or 1000)
     flow = prediction in ("flow", "flow_prediction") or bool(config.get("use_flow_sigmas", False))
     if flow or name.startswith(("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "Helios")):
+        top = float(config.get("sigma_max") or 1.0)
+        if top > 1 and config.get("use_karras_sigmas"):  # Cosmos 2: σ up to 80, and the "velocity" is dx/dσ = ε
+            return KDiffusion(Karras(top, 7.0), "epsilon", int(n))
         return Flow(Rectified(), n, bool(config.get("invert_sigmas", False)))
     if prediction == "trigflow":
         return Trig(Arc(float(config.sigma_data)))

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from flowalign.pipelines.latents import Unpacking, encode_media, learn_unpacking
 from flowalign.pipelines.tap import Halt, Visit, swapped
+from flowalign.protocols import check_media
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "StraightThrough"]
 
+AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
 RANGES = ((0.0, 1.0), (-1.0, 1.0), (0, 1), (-1, 1))
 
 
@@ -63,6 +66,8 @@ class Decoder:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.ways: dict[Any, str] = {}
+        self.unpackings: dict[Any, Unpacking] = {}
+        self.unscaled: dict[Any, bool] = {}
 
     def __call__(
         self, x: Tensor, cond: Inputs, *, chunk: int | None, frames: Sequence[int] | None, checkpoint: bool
@@ -103,22 +108,49 @@ class Decoder:
         raise ValueError(f"{type(self.adapter.pipe).__name__} cannot be decoded differentiably. " + "; ".join(problems))
 
     def _by(self, way: str, x: Tensor, cond: Inputs) -> Tensor:
+        with StraightThrough():
+            if way == "raw":
+                return self._media([self._raw(x, cond)])
+            key = (cond.rows[0].kind, cond.guided)
+            if key not in self.unscaled:
+                self.unscaled[key] = self._leaves_range(way, x.detach(), cond)
+            media = self._media(self._session(way, x, cond))
+            if self.adapter.modality == "audio":
+                return media.clamp(-1.0, 1.0)
+            return (media / 2 + 0.5 if self.unscaled[key] else media).clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def _leaves_range(self, way: str, x: Tensor, cond: Inputs) -> bool:
+        """Return whether ``output_type="pt"`` hands out the autoencoder's [-1, 1] as it is (Kandinsky 2)."""
+        modules = self.adapter.tap.modules()
+        name = next((n for n in AUTOENCODERS if n in modules), None)
+        if name is None or self.adapter.modality == "audio":
+            return False
+        caught: list[Any] = []
+
+        def decode(*args: Any, **kwargs: Any) -> Any:
+            out = type(modules[name]).decode(modules[name], *args, **kwargs)
+            caught.append(out[0] if isinstance(out, tuple) else out.sample)
+            return out
+
+        with swapped(modules[name], "decode", decode):
+            media = self._media(self._session(way, x, cond))
+        return len(caught) == 1 and media.shape == caught[0].shape and torch.equal(media, caught[0])
+
+    def _session(self, way: str, x: Tensor, cond: Inputs) -> Any:
+        """Run what follows the loop: after no iteration at all, or after one whose ``step`` returns the states."""
         adapter, plan = self.adapter, self.adapter._plan(cond)
         parts, steps = plan.unpack(x), adapter._two(cond)
         last = len(adapter._grid(cond, steps)) - 1
-        visits = [] if way == "zero" or (way == "raw" and plan.way == "P") else [Visit(last, put=parts, real=False)]
+        visits = [] if way == "zero" else [Visit(last, put=parts, real=False)]
         if plan.warm and visits:
             visits.insert(0, Visit(0, put=parts, real=plan.warm == "real"))
         session = plan.session(len(x), visits=visits, x=parts[0] if plan.way == "P" else None)
-        with StraightThrough():
-            if way != "raw":
-                out = adapter._run(cond.rows, cond.guided, session, steps)
-                return self._media(out)
-            return self._media([self._raw(session, cond, steps)])
+        return adapter._run(cond.rows, cond.guided, session, steps)
 
-    def _raw(self, session: Any, cond: Inputs, steps: int) -> Tensor:
+    def _raw(self, x: Tensor, cond: Inputs) -> Tensor:
         """Stop at ``vae.decode`` and take what it returns."""
-        vae, caught = self.adapter.pipe.vae, []
+        vae, caught = self._vae(), []
 
         def decode(*args: Any, **kwargs: Any) -> Any:
             out = type(vae).decode(vae, *args, **kwargs)
@@ -126,7 +158,7 @@ class Decoder:
             raise Halt
 
         with swapped(vae, "decode", decode):
-            self.adapter._run(cond.rows, cond.guided, session, steps)
+            self._session("zero" if self.adapter._plan(cond).way == "P" else "step", x, cond)
         if not caught:
             raise ValueError("vae.decode was never called")
         media = caught[0]
@@ -144,6 +176,66 @@ class Decoder:
             media = media[:, None]
         return media
 
+    # -- the way in ------------------------------------------------------------------------------------------------
     def latents(self, media: Tensor, cond: Inputs) -> Tensor:
-        """Return clean states of media."""
-        raise NotImplementedError
+        """Return clean states of media; see :mod:`flowalign.pipelines.latents`.
+
+        Raises:
+            ValueError: for media of the wrong kind or size.
+        """
+        check_media(media, self.adapter.modality)
+        plan = self.adapter._plan(cond)
+        if not self.adapter.tap.modules().keys() & set(AUTOENCODERS):
+            states = media * 2 - 1  # the loop works on pixels
+        else:
+            key = (cond.rows[0].kind, cond.guided)
+            if key not in self.unpackings:
+                self.unpackings[key] = self._learn(cond[torch.tensor([0])])
+            unpacking = self.unpackings[key]
+            z = encode_media(self._vae(), media, unpacking.latent)
+            if z.shape[1] != unpacking.scale.numel():
+                raise ValueError(
+                    f"media of shape {tuple(media.shape)} encode to {z.shape[1]} numbers per sample, but states here have "
+                    f"{unpacking.scale.numel()}. Resize the media to what the pipeline makes with these arguments."
+                )
+            states = unpacking.invert(z)
+        if tuple(states.shape[1:]) != plan.shape:
+            raise ValueError(
+                f"media of shape {tuple(media.shape)} are states {tuple(states.shape)}; want {plan.shape}."
+            )
+        return states
+
+    def _vae(self) -> Any:
+        modules = self.adapter.tap.modules()
+        return next(modules[name] for name in AUTOENCODERS if name in modules)
+
+    @torch.no_grad()
+    def _learn(self, cond: Inputs) -> Unpacking:
+        plan = self.adapter._plan(cond)
+        if len(plan.shapes) > 1:
+            raise ValueError(
+                f"the states of {type(self.adapter.pipe).__name__} have several parts; media cannot be inverted."
+            )
+        vae = self._vae()
+
+        def prefix(x: Tensor) -> Tensor:
+            caught: list[Tensor] = []
+
+            def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+                caught.append(z)
+                if sum(len(c) for c in caught) >= folded[0]:
+                    raise Halt
+                return type(vae).decode(vae, z, *args, **kwargs)
+
+            with swapped(vae, "decode", decode):
+                way = "step" if plan.way == "S" or plan.settle else "zero"
+                self._session(way, x, cond)
+            return torch.cat(caught)
+
+        folded = [1]
+        like = torch.zeros(1, dtype=plan.dtypes[0], device=next(vae.parameters()).device)
+        try:
+            return learn_unpacking(prefix, plan.shape, like)
+        except ValueError:
+            folded[0] = 1 << 30  # frames may come folded into the batch, a chunk at a time: let all of them pass
+            return learn_unpacking(prefix, plan.shape, like)

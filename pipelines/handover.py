@@ -73,8 +73,11 @@ class Handover(Kernel):
         key = (float(t), float(s))
         if key not in self._noisy:
             grid, index = self._find(*key)
-            zero = torch.zeros(1, 4, 2, 2)
-            _, _, drew = self._step(_restore(grid, index, None), grid, index, zero, zero, None, 0.0)
+            plan = self.adapter.any_plan()
+            x, raw = torch.zeros(1, *plan.shape), torch.zeros(1, *plan.shape)
+            if plan.batched and len(plan.shapes) == 1:
+                raw = torch.zeros(1, *plan.outputs[1:])
+            _, _, drew = self._step(_restore(grid, index, None), grid, index, raw, x, None, 0.0)
             self._noisy[key] = drew
         return self._noisy[key]
 
@@ -98,6 +101,9 @@ class Handover(Kernel):
         stamp = grid.timesteps[index]
         arguments: dict[str, Any] = {k: v for k, v in plan.extra.items() if k in parameters}
         arguments |= {"model_output": raw, "timestep": stamp, "sample": x, "return_dict": False}
+        arguments |= dict.fromkeys(plan.echoed, raw)
+        if plan.looks_ahead:
+            arguments["prev_timestep"] = grid.timesteps[index + 1] if index + 1 < len(grid) else None
         if plan.stamp_dims:
             arguments["timestep"] = stamp.expand(len(x))
         if SECOND in parameters:

@@ -61,7 +61,9 @@ def add(
         torch.manual_seed(seed)
         for key, network in networks.items():
             if name in vars(network).get("peft_config", {}):
-                raise ValueError(f"{key} already has an adapter {name!r}; remove it with delete_adapters, or name another.")
+                raise ValueError(
+                    f"{key} already has an adapter {name!r}; remove it with delete_adapters, or name another."
+                )
             matched = _targets(key, network, targets)
             network.requires_grad_(False)
             config = LoraConfig(
@@ -118,7 +120,7 @@ def save(pipe: Any, networks: Mapping[str, nn.Module], path: Path, name: str = "
         return
     from peft.utils import get_peft_model_state_dict
 
-    writer = getattr(type(pipe), "save_lora_weights", None)
+    writer = getattr(type(pipe), "save_lora_weights", None) if has_loader(pipe, with_lora) else None
     known = frozenset(inspect.signature(writer).parameters) if writer is not None else frozenset()
     for key, network in with_lora.items():
         state = {k: v.detach().contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=name).items()}
@@ -153,7 +155,7 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
         second = file.stem.endswith("_2")
         _check_fits(file, networks)
         where = {"weight_name": file.name, "adapter_name": name}
-        if callable(getattr(pipe, "load_lora_weights", None)):
+        if has_loader(pipe, networks):
             pipe.load_lora_weights(str(file.parent), **where, **({"load_into_transformer_2": True} if second else {}))
         else:
             network = next(iter(networks.values()))
@@ -161,6 +163,12 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
                 network.load_lora_adapter(str(file.parent), prefix=None, **where)  # type: ignore[operator]
             else:
                 _read(network, file, name)
+
+
+def has_loader(pipe: Any, networks: Mapping[str, nn.Module]) -> bool:
+    """Return whether plain ``pipe.load_lora_weights`` can load into these networks (Kandinsky 3's U-Net cannot)."""
+    adapts = all(callable(getattr(network, "load_lora_adapter", None)) for network in networks.values())
+    return adapts and callable(getattr(pipe, "load_lora_weights", None))
 
 
 def _read(network: nn.Module, file: Path, name: str) -> None:
@@ -171,6 +179,9 @@ def _read(network: nn.Module, file: Path, name: str) -> None:
     with safe_open(str(file), framework="pt") as opened:
         config = json.loads((opened.metadata() or {}).get("lora_config", "{}"))
         state = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
+    known = {key for key, _ in network.named_modules()}
+    if not any(k.rsplit(".lora_", 1)[0] in known for k in state):  # "unet.mid_block..." from save_lora_weights
+        state = {k.split(".", 1)[1]: v for k, v in state.items()}
     layers = sorted({k.rsplit(".lora_", 1)[0] for k in state})
     rank = int(config.get("r", next(v.shape[0] for k, v in state.items() if ".lora_A" in k)))
     _inject(network, LoraConfig(r=rank, lora_alpha=config.get("lora_alpha", rank), target_modules=layers), name)

@@ -143,7 +143,7 @@ class Memo:
     def _run(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.runs += 1
         with torch.no_grad():
-            return method(*args, **kwargs)
+            return method(*unshared(args), **unshared(kwargs))  # some templates are written into the caller's list
 
     def _store(self, store: OrderedDict[Any, Any], key: Any, value: Any) -> None:
         store[key] = value

@@ -35,6 +35,9 @@ class Plan:
         warm: whether iteration 0 must come first: with replayed networks (variables bound there) or really
             (key-value caches); set by the self-test.
         extra: further arguments of ``step`` (``eta``, ...).
+        echoed: further arguments of ``step`` that are the model output once more.
+        looks_ahead: whether ``step`` is also given the next timestep (UnCLIP).
+        outputs: shape of a raw model output.
         stamp_dims: dimensions of the timestep that the pipeline hands to ``step``.
     """
 
@@ -49,6 +52,9 @@ class Plan:
     settle: bool
     extra: Mapping[str, Any]
     stamp_dims: int = 0
+    echoed: tuple[str, ...] = ()
+    looks_ahead: bool = False
+    outputs: tuple[int, ...] = ()
     warm: Literal["", "dummy", "real"] = ""
 
     @property
@@ -122,6 +128,9 @@ def learn(tap: Tap, arguments: Mapping[str, Any]) -> Plan:
         networks=tuple((n, _shadow(out)) for n, out in probe.networks),
         settle=False,
         extra={k: v for k, v in seen[0].extra.items() if _plain(v)},
+        looks_ahead="prev_timestep" in seen[0].extra,
+        outputs=tuple(seen[0].output.shape),
+        echoed=tuple(k for k, v in seen[0].extra.items() if isinstance(v, Tensor) and v is seen[0].output),
         stamp_dims=seen[0].timestep.ndim if isinstance(seen[0].timestep, Tensor) else 0,
     )
     with torch.no_grad():
@@ -137,7 +146,7 @@ def _way_in(tap: Tap, arguments: Mapping[str, Any], plan: Plan, probe: Session) 
     if len(mark) == 1 and probe.prepared_shape == mark[0].shape:
         session = plan.session(1, x=mark[0], visits=[Visit(0, real=False)])
         tap.call(arguments, session)
-        if session.captured and torch.equal(session.captured[0].sample, mark[0]):
+        if session.captured and _equal(session.captured[0].sample, mark[0]):
             x = mark[0]
     plan = replace(plan, way="S" if x is None else "P", settle=_settles(tap, arguments, plan, mark, x))
     try:  # does a later iteration need what the first one has bound?
@@ -147,15 +156,17 @@ def _way_in(tap: Tap, arguments: Mapping[str, Any], plan: Plan, probe: Session) 
     return plan
 
 
-def _settles(
-    tap: Tap, arguments: Mapping[str, Any], plan: Plan, mark: tuple[Tensor, ...], x: Tensor | None
-) -> bool:
+def _settles(tap: Tap, arguments: Mapping[str, Any], plan: Plan, mark: tuple[Tensor, ...], x: Tensor | None) -> bool:
     """Return whether code after the step changes what it returned; the grid must have two entries for it to show."""
     session = plan.session(1, x=x, visits=[Visit(0, put=mark, real=False), Visit(1, real=False)])
     tap.call(arguments, session)
     if len(session.captured) != len(mark):
         raise ValueError(f"{type(tap.pipe).__name__} ended its loop before a second step; ask for at least two steps.")
-    return not all(torch.equal(c.sample, m) for c, m in zip(session.captured, mark, strict=True))
+    return not all(_equal(c.sample, m) for c, m in zip(session.captured, mark, strict=True))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b.to(a))
 
 
 def _blocks(calls: Sequence[StepCall]) -> int:

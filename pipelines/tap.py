@@ -267,7 +267,8 @@ class _Run:
         self.visit, self.iteration = visit, self.iteration + 1
         self.step_count = self.network_count = 0
         self.restore_rng()
-        torch.set_grad_enabled(self.grad)
+        # what a replayed iteration computes before its step is thrown away
+        torch.set_grad_enabled(self.grad and (visit is None or visit.real or visit.put is None))
         if visit is not None and "_step_index" in vars(self.shadow.scheduler):
             self.shadow.scheduler._step_index = index + self.session.offset
 
@@ -310,6 +311,7 @@ class _Run:
         if self.visit.put is not None:
             if "_step_index" in vars(scheduler) and scheduler._step_index is not None:
                 scheduler._step_index += 1  # add_noise between two steps reads it
+            torch.set_grad_enabled(self.grad)
             value = self.visit.put[session.captures.index(position)]
             return Returned(value.to(call.sample) * 1)
         session.captured.append(call)

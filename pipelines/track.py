@@ -61,6 +61,10 @@ class Track(Tensor):
         track.walk = source.walk
         return track
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Track:
+        """Return a copy with the same walk: LTX-2 and Kandinsky 6 deepcopy their scheduler."""
+        return Track.of(self.plain().clone(), self.walk)
+
     def plain(self) -> Tensor:
         """Return the same grid as an ordinary tensor."""
         with PLAIN():

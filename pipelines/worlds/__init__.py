@@ -1,1 +1,1 @@
-"""x."""
+"""Small worlds of our own, on which every method can be seen to learn."""
