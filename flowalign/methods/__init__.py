@@ -1,1 +1,57 @@
-"""One small file per part."""
+"""Methods by name. One file per paper; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowalign.methods.base import Method
+
+__all__ = ["METHODS", "names", "nearest", "resolve"]
+
+_HERE = "flowalign.methods."
+
+METHODS: dict[str, str] = {
+    "best-of-n": _HERE + "best_of_n:BestOfN",
+    "diffusion-nft": _HERE + "diffusion_nft:DiffusionNFT",
+    "flow-grpo": _HERE + "flow_grpo:FlowGRPO",
+}
+"""Name to ``module:Class``, a :class:`~flowalign.methods.base.Method`. One line per method, in alphabetical order."""
+
+
+def resolve(name: str) -> type[Method]:
+    """Return the class of a method.
+
+    Args:
+        name: a key of ``METHODS``, or ``module:Class`` of your own.
+
+    Raises:
+        ValueError: no such method; the nearest valid names are given.
+    """
+    from flowalign.methods.base import Method
+
+    module, _, attribute = METHODS.get(name, name).partition(":")
+    if not attribute:
+        raise ValueError(
+            f"no method is called {name!r}. {nearest(name, METHODS)} One of your own is written module:Class."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"method {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"{name!r} is no method: it must be a subclass of flowalign.methods.base.Method.")
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of the methods of a kind, ``training`` or ``steering``."""
+    return [name for name in METHODS if resolve(name).kind == kind]
+
+
+def nearest(name: str, known: dict[str, str] | list[str]) -> str:
+    """Return a sentence with the nearest valid names, or all of them where none is near."""
+    close = difflib.get_close_matches(name, list(known), n=4, cutoff=0.4)
+    return f"Nearest: {', '.join(close)}." if close else f"Known: {', '.join(sorted(known))}."

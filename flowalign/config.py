@@ -1,0 +1,283 @@
+"""The configuration of a run: one dataclass whose fields are the keys of a YAML file and the options of the command.
+
+    method: {name: diffusion-nft, kl: 2.0}
+    pipeline: shapes
+    reward: shapes
+    fit: {lr: 6e-4, iterations: 300}
+
+Settings are taken from the method's preset, then the file, then the command line, later ones winning. A key that does
+not exist is an error that names the nearest ones that do: nothing is ever passed over in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from flowalign.methods import METHODS, resolve
+from flowalign.methods.base import Method, Preset
+from flowalign.options import FitOptions
+from flowalign.prepare import Lora
+
+__all__ = ["Evaluation", "RunConfig", "compose", "default", "flatten", "from_yaml", "to_dict"]
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the model is judged before and after, on the same noises, sampler and guidance.
+
+    Attributes:
+        prompts: held-out prompts, never trained on; the world's report set, or the training prompts, when None.
+        images: per category of prompts.
+        batch: images sampled at a time.
+        steps: sampling steps; those of the training when None.
+        guidance: whether the pipeline's guidance rule is on; the base should be judged at its best.
+        rewards: held-out rewards, a specification like ``reward``; none when None.
+        seed: of the noises.
+        every: iterations between checks while training; 0 for none.
+        check: images of a check in all.
+        check_prompts: prompts of a check; the selection set of a world, or the held-out prompts, when None.
+    """
+
+    prompts: str | None = None
+    images: int = 1000
+    batch: int = 100
+    steps: int | None = None
+    guidance: bool = True
+    rewards: str | None = None
+    seed: int = 20261121
+    every: int = 0
+    check: int = 200
+    check_prompts: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in {"images": 1, "batch": 1, "every": 0, "check": 1}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"evaluation.{name} must be at least {low}; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run.
+
+    Attributes:
+        method: settings of the method; ``flowalign methods`` lists them.
+        pipeline: a demo world, a folder written by save_pretrained, a hub id, or your module:function.
+        call: arguments of every call of the pipeline, e.g. height, guidance_scale.
+        reward: name[@weights][:weight], with commas; or your module:Class.
+        prompts: a .txt or .jsonl file, world:set, or a datasets id; the world's training set when None.
+        output: folder of the run; runs/METHOD-PIPELINE when None.
+        fit: how long and how hard to train.
+        lora: the adapter; None trains the whole denoiser.
+        ema: decay of the averaged weights, which are evaluated and saved; None for none.
+        guidance: whether the pipeline's guidance rule is on while training.
+        precision: of the network; kernels and log-probabilities always are float32.
+        device: cpu, cuda, ...; auto takes cuda where there is one.
+        chunk: samples per forward pass where memory is short; None for all at once.
+        evaluation: before and after.
+        trackers: what else metrics go to: tensorboard, wandb, trackio.
+        permute: shuffle rewards inside each group: the control that must not learn.
+        keep_images: pictures kept for the report, per category.
+    """
+
+    method: Method
+    pipeline: str = "shapes"
+    call: dict[str, Scalar] = field(default_factory=dict)
+    reward: str = "shapes"
+    prompts: str | None = None
+    output: Path | None = None
+    fit: FitOptions = field(default_factory=FitOptions)
+    lora: Lora | None = None
+    ema: float | None = 0.9
+    guidance: bool = True
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    chunk: int | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    trackers: tuple[str, ...] = ("tensorboard",)
+    permute: bool = False
+    keep_images: int = 24
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.output or Path("runs") / f"{self.method.name}-{Path(self.pipeline).name}"
+
+
+def default(method: str, preset: str = "demo") -> RunConfig:
+    """Return the configuration of a method's preset.
+
+    Raises:
+        ValueError: for an unknown method or preset, with the nearest valid names.
+    """
+    chosen = preset_of(resolve(method), preset)
+    return RunConfig(chosen.method, fit=chosen.fit, lora=chosen.lora, ema=chosen.ema, guidance=chosen.guidance)
+
+
+def preset_of(method: type[Method], preset: str) -> Preset:
+    """Return a preset by name.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    known = method.presets()
+    if preset not in known:
+        raise ValueError(f"{method.name} has no preset {preset!r}; it has {', '.join(known)}.")
+    return known[preset]
+
+
+# -- from YAML -------------------------------------------------------------------------------------------------------
+def from_yaml(path: Path, method: str | None = None, preset: str = "demo") -> RunConfig:
+    """Read a configuration; what it leaves out comes from the preset of its method.
+
+    Args:
+        path: the file; its key ``preset`` may name the preset.
+        method: the method of the command line, which must be the file's where both name one.
+        preset: where the file names none.
+
+    Raises:
+        ValueError: for a file that is no mapping, an unknown key (with the nearest valid ones), or a wrong type.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"the configuration {path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"the configuration {path} must be a mapping of keys to values; got {type(data).__name__}.")
+    return compose(data, method, str(data.get("preset", preset)), str(path))
+
+
+def compose(data: Mapping[str, Any], method: str | None, preset: str = "demo", where: str = "") -> RunConfig:
+    """Build a configuration from plain values; see :func:`from_yaml`."""
+    data = {k: v for k, v in data.items() if k != "preset"}
+    own = data.pop("method", None)
+    settings: Mapping[str, Any] = {"name": own} if isinstance(own, str) else (own or {})
+    name = settings.get("name", method)
+    if name is None:
+        raise ValueError(f"{where}: no method is named: write method: {{name: diffusion-nft}}.")
+    if method is not None and name != method:
+        raise ValueError(f"{where} is a configuration of {name}, and the command asks for {method}. Use one of them.")
+    base = default(name, preset)
+    rest = {k: v for k, v in settings.items() if k != "name"}
+    base = replace(base, method=_update(base.method, rest, f"{where}: method"))
+    return _update(base, data, where)
+
+
+def _update(base: Any, data: Mapping[str, Any], where: str) -> Any:
+    """Return a dataclass with some fields replaced by checked plain values."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} must be a mapping of keys to values; got {data!r}.")
+    hints = typing.get_type_hints(type(base))
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(base)}
+    for key in data:
+        if key not in fields:
+            raise ValueError(
+                f"{where}: there is no key {key!r} in {type(base).__name__}. {_nearest(key, list(fields))}"
+            )
+    new = {k: _convert(fields[k], v, getattr(base, k), f"{where}: {k}") for k, v in data.items()}
+    return replace(base, **new)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}?" if close else f"There are {', '.join(known)}."
+
+
+def _convert(kind: Any, value: Any, old: Any, where: str) -> Any:
+    """Return ``value`` as the type of its field.
+
+    Raises:
+        ValueError: naming the field, what it takes and what came.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _either(kind, value, old, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _update(old if isinstance(old, kind) else kind(), value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(inner) == len(value):
+            return tuple(_convert(k, v, None, where) for k, v in zip(inner, value, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): _convert(args[1], v, None, f"{where}.{k}") for k, v in value.items()}
+    if origin is None and isinstance(kind, type):
+        return _scalar(kind, value, where)
+    raise _Mismatch(f"{where} takes {_words(kind)}; got {value!r}.")
+
+
+def _either(kind: Any, value: Any, old: Any, where: str) -> Any:
+    options = get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, old, where)
+            except _Mismatch:
+                continue
+    raise _Mismatch(f"{where} takes {_words(kind)}; got {value!r}.")
+
+
+class _Mismatch(ValueError):
+    """A value that is not of the field's type."""
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise _Mismatch(f"{where} takes {_words(kind)}; got {value!r}.")
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(str(a) for a in get_args(kind))
+    return getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind).replace("typing.", "")
+
+
+# -- to plain values -------------------------------------------------------------------------------------------------
+def to_dict(config: Any) -> Any:
+    """Return plain values that :func:`compose` reads back; a method carries its name."""
+    if isinstance(config, Method):
+        own = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+        return {"name": _name(config), **own}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {k: to_dict(v) for k, v in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(v) for v in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def _name(method: Method) -> str:
+    kind = type(method)
+    return method.name if method.name in METHODS else f"{kind.__module__}:{kind.__qualname__}"
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"fit.lr": ...}`` of nested plain values, for trackers and comparisons."""
+    out: dict[str, Any] = {}
+    for k, v in data.items():
+        out |= flatten(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {f"{prefix}{k}": v}
+    return out
