@@ -60,6 +60,7 @@ REWARDS: dict[str, str] = {
     "smoothness": _HERE + "quality:Smoothness",
     "spatial": _HERE + "spatial:Spatial",
     "vendi": _HERE + "sets:VendiSet",
+    "videoreward": _HERE + "videoreward:VideoReward",
     "vqa": _HERE + "vqa:VQAScore",
 }
 """Name to ``module:Class``; the class has a class attribute ``card``. One line per reward, in alphabetical order."""
