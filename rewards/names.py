@@ -88,7 +88,7 @@ def parse(spec: str) -> list[Term]:
         if head and _is_number(tail):
             text, weight = head.strip(), float(tail)
         name, _, weights = (s.strip() for s in text.partition("@"))
-        if not name or not math.isfinite(weight):
+        if not name or name.startswith(":") or not math.isfinite(weight):
             raise ValueError(
                 f"reward specification {spec!r} has a bad term {part!r}: write name[@weights][:weight], with commas."
             )
