@@ -8,7 +8,7 @@ Whatever is random is a function of (seed, iteration), so a resumed run continue
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ __all__ = ["FitOptions", "Metrics", "fit"]
 Metrics = dict[str, float]
 
 
+def never() -> bool:
+    """Return False: nobody asks to stop."""
+    return False
+
+
 def fit(
     pipeline: Pipeline,
     scorer: Scorer,
@@ -45,6 +50,7 @@ def fit(
     accelerator: Any = None,
     folder: Path | None = None,
     resume: bool = False,
+    stop: Callable[[], bool] = never,
 ) -> Iterator[Metrics]:
     """Train, yielding the metrics of each iteration.
 
@@ -59,6 +65,7 @@ def fit(
         accelerator: an ``accelerate.Accelerator`` for several processes; None for one.
         folder: where checkpoints go; none are written without it.
         resume: continue from the newest checkpoint of the folder.
+        stop: asked after each iteration; a true answer saves and ends the run (Ctrl-C, a user's own budget).
 
     Raises:
         ValueError: before any sampling, for settings that cannot learn.
@@ -75,11 +82,14 @@ def fit(
     while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
         metrics = _iterate(trainer, collector)
         trainer.iteration += 1
-        last = trainer.iteration >= options.iterations or _spent(policy.ledger, options)
+        ended = stop()
+        last = ended or trainer.iteration >= options.iterations or _spent(policy.ledger, options)
         due = options.checkpoint_every and trainer.iteration % options.checkpoint_every == 0
         if folder is not None and (last or due):
             checkpoint.save(folder, trainer.iteration, trainer.state_dict())
         yield {"iteration": float(trainer.iteration), **metrics}
+        if ended:
+            return
 
 
 def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
