@@ -115,7 +115,8 @@ class VideoReward(Judge):
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         self.tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-        self.special: list[int] = [self.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+        special: Any = self.tokenizer.convert_tokens_to_ids(list(SPECIAL))
+        self.special: list[int] = special
         state = read_weights(folder, self.release, source)
         head = state.pop("rm_head.weight", None)
         config: Any = Qwen2VLConfig.from_pretrained(source)
