@@ -36,11 +36,12 @@ GROUPS: dict[str, str] = {
     "no scheduler.step in its call: it delegates its stages or steps frame by frame with copies of the scheduler": """
         LTX2DFRPipeline LTX2DFRTemporalRefinePipeline SkyReelsV2DiffusionForcingImageToVideoPipeline
         SkyReelsV2DiffusionForcingPipeline SkyReelsV2DiffusionForcingVideoToVideoPipeline""",
+    "pixels go in and come out tile by tile: no sample for the whole clip": "Kandinsky6SRPipeline",
     "discrete text": "DiffusionGemmaPipeline LLaDA2Pipeline",
     "proteins, with two clocks": "RFD4ProteinaPipeline",
     "needs an inversion by the caller beforehand": "LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL",
     "takes a list of step counts instead of num_inference_steps": "HeliosPyramidPipeline",
-    "broken in diffusers 0.42.1: reads transformer.config.guidance_embeds, which Chroma's transformer does not have": """
+    "broken in diffusers 0.42.1: reads transformer.config.guidance_embeds, which Chroma does not have": """
         ChromaInpaintPipeline""",
     "broken in diffusers 0.42.1: passes text_encoder_index to an encode_prompt that does not take it": """
         EasyAnimateControlPipeline""",

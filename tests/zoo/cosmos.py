@@ -78,6 +78,9 @@ def second(channels: int = 17) -> dict[str, Any]:
     return {**t5_side(), "vae": wan_vae(), "transformer": net, "scheduler": solver, "safety_checker": OpenDoor()}
 
 
+LONG = {"max_sequence_length": 128}  # the chat template comes first
+
+
 def later(**extra: Any) -> dict[str, Any]:
     """Return the components of Cosmos 2.5, whose text encoder hands out all its layers side by side."""
     net = transformer(**{"text_embed_dim": 2 * WIDTH, **extra})
@@ -149,8 +152,8 @@ BUILDERS: dict[str, Builder] = {
     ),
     "Cosmos2TextToImage": lambda: cosmos("Cosmos2TextToImage", second(16), {}, "image"),
     "Cosmos2VideoToWorld": lambda: cosmos("Cosmos2VideoToWorld", second(), FIVE | FIRST),
-    "Cosmos2_5_PredictBase": lambda: cosmos("Cosmos2_5_PredictBase", later(), FIVE),
-    "Cosmos2_5_PredictBase_image": lambda: cosmos("Cosmos2_5_PredictBase", later(), FIVE | FIRST),
-    "Cosmos2_5_Transfer": lambda: cosmos("Cosmos2_5_Transfer", transfer(), CONTROL, notes="chunk by chunk"),
+    "Cosmos2_5_PredictBase": lambda: cosmos("Cosmos2_5_PredictBase", later(), FIVE | LONG),
+    "Cosmos2_5_PredictBase_image": lambda: cosmos("Cosmos2_5_PredictBase", later(), FIVE | FIRST | LONG),
+    "Cosmos2_5_Transfer": lambda: cosmos("Cosmos2_5_Transfer", transfer(), CONTROL | LONG, notes="chunk by chunk"),
     "Cosmos3Omni": lambda: make("Cosmos3Omni", omni(), OMNI, "video", "cosmos3"),
 }

@@ -150,7 +150,7 @@ BUILDERS: dict[str, Builder] = {
     "PixArtSigmaPAG": lambda: make("PixArtSigmaPAG", pixart(), CFG | NO_BINS | {"pag_scale": 2.0}, "image", "pixart"),
     "Chroma": lambda: make("Chroma", chroma(), CFG, "image", "chroma"),
     "ChromaImg2Img": lambda: make("ChromaImg2Img", chroma(), CFG | CHANGE, "image", "chroma"),
-    "Lumina2": lambda: make("Lumina2", lumina2(), TEXT | BIG | {"max_sequence_length": 64}, "image", "lumina2"),
+    "Lumina2": lambda: make("Lumina2", lumina2(), TEXT | BIG | {"max_sequence_length": 128}, "image", "lumina2"),
     "CogView4": lambda: make("CogView4", cogview4(), CFG, "image", "cogview4"),
     "HunyuanImage": lambda: make(
         "HunyuanImage",

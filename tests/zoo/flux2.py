@@ -14,7 +14,7 @@ from .stable_diffusion import SIZE
 from .text import WIDTH
 from .vaes import flux2_vae
 
-TEXT = {"prompt": "a red circle", "max_sequence_length": 32, "text_encoder_out_layers": (0, 1)}
+TEXT = {"prompt": "a red circle", "max_sequence_length": 384, "text_encoder_out_layers": (0, 1)}
 
 
 def transformer(**extra: Any) -> diffusers.Flux2Transformer2DModel:

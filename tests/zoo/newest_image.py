@@ -210,7 +210,12 @@ BUILDERS: dict[str, Builder] = {
         notes="the picture is resized to a megapixel whatever its size",
     ),
     "GlmImage": lambda: make(
-        "GlmImage", glm(), ONE | BIG | PRIOR, "image", "glm_image", notes="the autoregressive half is given"
+        "GlmImage",
+        glm(),
+        ONE | BIG | PRIOR | {"prompt": 'a sign that says "red"'},
+        "image",
+        "glm_image",
+        notes="the autoregressive half is given",
     ),
     "QwenImage21": lambda: make(
         "QwenImage21",

@@ -1,4 +1,4 @@
-"""Video and sound pipelines that no reference run has covered: Framepack, Kandinsky 6, AudioLDM 2."""
+"""Video and sound pipelines that no reference run has covered: Framepack, Kandinsky 6, Sana WM, AudioLDM 2."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 import diffusers
 import transformers as tf
 
+from .audio import TEXT as SOUND
 from .case import Builder, make
 from .dit_image import BIG, euler
-from .llm import vlm_parts
-from .ltx import TEXT
+from .llm import bpe_tokenizer, decoder, vlm_parts
+from .ltx import TEXT, video_vae2
+from .ltx import parts as ltx
 from .media import picture
-from .text import WIDTH, clip_text, clip_tokenizer
-from .vaes import hunyuan_video_vae
+from .stable_diffusion import BETAS
+from .text import WIDTH, clip_text, clip_tokenizer, t5, t5_pieces, t5_tokenizer
+from .vaes import hunyuan_video_vae, image_vae
 from .video import TEMPLATE, hunyuan
 
 
@@ -90,9 +93,110 @@ def kandinsky6() -> dict[str, Any]:
     }
 
 
+def sana_wm() -> dict[str, Any]:
+    """Return the components of Sana WM, a world model steered by camera poses."""
+    net = diffusers.SanaWMTransformer3DModel(
+        in_channels=4,
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        softmax_every_n=2,
+        linear_head_dim=16,
+        chunk_plucker_channels=24,
+        chunk_plucker_post_attn_blocks=2,
+        caption_channels=WIDTH,
+        image_size=32,
+    )
+    text = {"text_encoder": decoder("Gemma2"), "tokenizer": bpe_tokenizer()}
+    return {**text, "vae": video_vae2(), "transformer": net, **euler(5.0)}
+
+
+def clap() -> tf.ClapModel:
+    """Return a CLAP, of which only the text half is read unless several sounds are ranked."""
+    config = tf.ClapConfig(
+        text_config={
+            "vocab_size": len(t5_pieces()),
+            "hidden_size": WIDTH,
+            "intermediate_size": 24,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "projection_dim": WIDTH,
+        },
+        audio_config={
+            "spec_size": 8,
+            "window_size": 4,
+            "num_mel_bins": 8,
+            "depths": [1],
+            "num_attention_heads": [2],
+            "hidden_size": 16,
+            "patch_embeds_hidden_size": 16,
+            "patch_size": 2,
+            "patch_stride": [2, 2],
+            "projection_dim": WIDTH,
+        },
+        projection_dim=WIDTH,
+    )
+    return tf.ClapModel(config)
+
+
+def audioldm2() -> dict[str, Any]:
+    """Return the components of AudioLDM 2: a language model turns two texts into what the U-Net reads."""
+    net = diffusers.AudioLDM2UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(None, WIDTH, WIDTH),
+        attention_head_dim=2,
+    )
+    gpt = tf.GPT2Config(vocab_size=64, n_embd=WIDTH, n_head=2, n_layer=1, n_positions=160)
+    language = tf.GPT2LMHeadModel(gpt)
+    language.config.max_new_tokens = 4
+    hifigan = tf.SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        upsample_initial_channel=8,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1, 3]],
+        normalize_before=False,
+    )
+    return {
+        "unet": net,
+        "vae": image_vae(in_channels=1, out_channels=1),
+        "text_encoder": clap(),
+        "tokenizer": t5_tokenizer(),
+        "text_encoder_2": t5(),
+        "tokenizer_2": t5_tokenizer(),
+        "language_model": language,
+        "projection_model": diffusers.AudioLDM2ProjectionModel(WIDTH, WIDTH, WIDTH),
+        "feature_extractor": tf.ClapFeatureExtractor(feature_size=8, hop_length=400),
+        "vocoder": tf.SpeechT5HifiGan(hifigan),
+        "scheduler": diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
+    }
+
+
+CAMERA = {"action": "w-8", "intrinsics": [16.0, 16.0, 16.0, 16.0], "num_frames": 9, "chi_prompt": ["a video of"]}
+WINDOWS = {"cond_image": picture(32), "num_frames": 17, "temporal_tile_size": 16, "temporal_overlap": 8}
 PACK = {"prompt": "a red circle moving", "image": picture(32), "num_frames": 9, "latent_window_size": 3}
 
 BUILDERS: dict[str, Builder] = {
+    "AudioLDM2": lambda: make(
+        "AudioLDM2", audioldm2(), SOUND | {"audio_length_in_s": 0.004}, "audio", "audioldm2", output_type="pt"
+    ),
+    "SanaWM": lambda: make(
+        "SanaWM",
+        sana_wm(),
+        TEXT | BIG | CAMERA | {"image": picture(32)},
+        "video",
+        "sana_wm",
+        notes="first frame pinned; times by token",
+    ),
+    "LTXI2VLongMultiPrompt": lambda: make(
+        "LTXI2VLongMultiPrompt", ltx(), TEXT | BIG | WINDOWS, "video", "ltx", notes="window by window"
+    ),
     "HunyuanVideoFramepack": lambda: make(
         "HunyuanVideoFramepack",
         framepack(),

@@ -117,6 +117,7 @@ def prx_pixel() -> dict[str, Any]:
     return {**text, "transformer": net, **euler(), "default_sample_size": 16, "prompt_max_tokens": 16}
 
 
+LONG = {"max_sequence_length": 128}  # the chat template comes first
 PRX_CALL = TEXT | SIZE | NO_BINS
 EDIT = CFG | BIG | {"image": picture(32)}
 
@@ -133,16 +134,18 @@ BUILDERS: dict[str, Builder] = {
         notes="reference latents are rewritten in place in each iteration",
     ),
     "Krea2": lambda: make("Krea2", krea(), CFG, "image", "krea2"),
-    "DreamLite": lambda: make("DreamLite", dreamlite(), CFG, "image", "dreamlite"),
-    "DreamLite_edit": lambda: make("DreamLite", dreamlite(), CFG | {"image": picture()}, "image", "dreamlite"),
+    "DreamLite": lambda: make("DreamLite", dreamlite(), CFG | LONG, "image", "dreamlite"),
+    "DreamLite_edit": lambda: make("DreamLite", dreamlite(), CFG | LONG | {"image": picture()}, "image", "dreamlite"),
     "DreamLiteMobile": lambda: make(
         "DreamLiteMobile",
         dreamlite(),
-        {"prompt": "a red circle", "max_sequence_length": 16} | SIZE,
+        {"prompt": "a red circle"} | LONG | SIZE,
         "image",
         "dreamlite",
     ),
-    "NucleusMoEImage": lambda: make("NucleusMoEImage", nucleus(), CFG | {"return_index": -1}, "image", "nucleus"),
+    "NucleusMoEImage": lambda: make(
+        "NucleusMoEImage", nucleus(), CFG | {"return_index": -1, "max_sequence_length": 512}, "image", "nucleus"
+    ),
     "PRX": lambda: make("PRX", prx(), PRX_CALL, "image", "prx"),
     "PRXPixel": lambda: make("PRXPixel", prx_pixel(), PRX_CALL, "image", "prx", output_type="pt"),
 }

@@ -74,6 +74,8 @@ def omni() -> dict[str, Any]:
 def z(kind: str, inputs: dict[str, Any], given: dict[str, Any] | None = None) -> Case:
     """Return a pipeline of the Z-Image family."""
     notes = "edits the caller's list of prompts"
+    if "ControlNet" in kind:
+        notes += "; in diffusers 0.42.1 the ControlNet lacks the attribute gradient_checkpointing: no_grad only"
     return make(f"ZImage{kind}", given or z_image(), CFG | inputs, "image", "z_image", notes=notes)
 
 
