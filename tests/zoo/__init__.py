@@ -37,6 +37,7 @@ FILES = (
     "wan_more",
     "dit_image",
     "dit_more",
+    "bria",
     "video_more",
     "sana",
     "z_image",

@@ -1,4 +1,4 @@
-"""More text-to-image transformers: AuraFlow, CogView 3, HunyuanDiT, Lumina, Ovis, OmniGen, HiDream, Bria, ..."""
+"""More text-to-image transformers: AuraFlow, CogView 3, HunyuanDiT, Lumina, Ovis, OmniGen, HiDream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .llm import bpe_tokenizer, decoder
 from .media import picture
 from .stable_diffusion import BETAS, SIZE, TEXT
 from .text import HEADS, WIDTH, clip_text, clip_tokenizer, t5, t5_pieces, t5_tokenizer, umt5
-from .vaes import flow_vae, image_vae, wan_vae
+from .vaes import flow_vae, image_vae
 
 BIG = {"height": 32, "width": 32}
 TEXT_ONLY = {key: value for key, value in TEXT.items() if key != "negative_prompt"}
@@ -181,30 +181,6 @@ def hidream() -> dict[str, Any]:
     }
 
 
-BRIA: dict[str, Any] = {
-    "in_channels": 16,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "axes_dims_rope": [4, 6, 6],
-}
-
-
-def bria() -> dict[str, Any]:
-    """Return the components of Bria."""
-    net = diffusers.BriaTransformer2DModel(**BRIA, joint_attention_dim=WIDTH)
-    return {**t5_side(), "vae": image_vae(shift_factor=0.0), "transformer": net, "scheduler": flow_scheduler()}
-
-
-def fibo() -> dict[str, Any]:
-    """Return the components of Bria Fibo, which feeds a layer of SmolLM to each block."""
-    net = diffusers.BriaFiboTransformer2DModel(**BRIA, joint_attention_dim=2 * WIDTH, text_encoder_dim=WIDTH)
-    text = {"text_encoder": decoder("SmolLM3", head="ForCausalLM"), "tokenizer": bpe_tokenizer()}
-    vae = wan_vae(in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16)
-    return {**text, "vae": vae, "transformer": net, "scheduler": flow_scheduler()}
-
-
 def small_hidream() -> Case:
     """Return HiDream; the pipeline enlarges every picture to its default area, which is made small here."""
     case = make("HiDreamImage", hidream(), CFG, "image", "hidream")
@@ -212,12 +188,6 @@ def small_hidream() -> Case:
     return case
 
 
-FIBO = TEXT | BIG | {"prompt": '{"text": "a red circle"}', "max_sequence_length": 64}
-EDIT = {
-    "prompt": '{"text": "a red circle", "edit_instruction": "make the circle red"}',
-    "image": picture(64),
-    "_auto_resize": False,
-}
 NET = {"control_image": picture()}
 
 BUILDERS: dict[str, Builder] = {
@@ -245,7 +215,4 @@ BUILDERS: dict[str, Builder] = {
     "OvisImage": lambda: make("OvisImage", ovis(), CFG, "image", "ovis_image"),
     "OmniGen": lambda: make("OmniGen", omnigen(), TEXT_ONLY | BIG, "image", "omnigen"),
     "HiDreamImage": small_hidream,
-    "Bria": lambda: make("Bria", bria(), CFG, "image", "bria"),
-    "BriaFibo": lambda: make("BriaFibo", fibo(), FIBO, "image", "bria_fibo"),
-    "BriaFiboEdit": lambda: make("BriaFiboEdit", fibo(), FIBO | EDIT, "image", "bria_fibo"),
 }

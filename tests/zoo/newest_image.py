@@ -1,4 +1,4 @@
-"""The youngest text-to-image families: Ernie, Ideogram 4, Bria Fibo 2, LongCat, GLM-Image, Qwen-Image 2.1, refiners."""
+"""The youngest text-to-image families: Ernie, Ideogram 4, LongCat, GLM-Image, Qwen-Image 2.1, refiners."""
 
 from __future__ import annotations
 
@@ -60,28 +60,6 @@ def ideogram() -> dict[str, Any]:
         "vae": flux2_vae(),
         **euler(),
     }
-
-
-def fibo2() -> dict[str, Any]:
-    """Return the components of Bria Fibo 2, which injects five bundles of text features."""
-    net = diffusers.BriaFibo2Transformer2DModel(
-        in_channels=2,
-        dim=32,
-        n_layers=5,
-        n_refiner_layers=1,
-        n_heads=2,
-        cap_feat_dim=3 * WIDTH,
-        injection_layer_ids=(0, 1, 2, 3, 4),
-        perceiver_num_layers=1,
-        min_num_gist_tokens=4,
-        max_num_gist_tokens=8,
-        gist_step=4,
-        gist_min_text_len=4,
-        gist_max_text_len=64,
-        axes_dims=(4, 6, 6),
-        axes_lens=(256, 32, 32),
-    )
-    return {**vlm3_parts(layers=DEEP), "vae": flux2_vae(), "transformer": net, "scheduler": flow_scheduler()}
 
 
 def longcat(thin: bool = False) -> dict[str, Any]:
@@ -197,7 +175,6 @@ BUILDERS: dict[str, Builder] = {
         "image",
         "ideogram4",
     ),
-    "BriaFibo2": lambda: make("BriaFibo2", fibo2(), GUIDED | {"render_text_images": False}, "image", "bria_fibo2"),
     "LongCatImage": lambda: make(
         "LongCatImage", longcat(), GUIDED | {"enable_prompt_rewrite": False}, "image", "longcat_image"
     ),

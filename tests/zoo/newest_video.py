@@ -179,7 +179,7 @@ def audioldm2() -> dict[str, Any]:
 
 
 CAMERA = {"action": "w-8", "intrinsics": [16.0, 16.0, 16.0, 16.0], "num_frames": 9, "chi_prompt": ["a video of"]}
-WINDOWS = {"cond_image": picture(32), "num_frames": 17, "temporal_tile_size": 16, "temporal_overlap": 8}
+WINDOWS = {"seed": None, "cond_image": picture(32), "num_frames": 17, "temporal_tile_size": 16, "temporal_overlap": 8}
 PACK = {"prompt": "a red circle moving", "image": picture(32), "num_frames": 9, "latent_window_size": 3}
 
 BUILDERS: dict[str, Builder] = {

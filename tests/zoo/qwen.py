@@ -38,7 +38,7 @@ def parts(**extra: Any) -> dict[str, Any]:
 
 def edit_parts(**extra: Any) -> dict[str, Any]:
     """Return components for pictures resized to a megapixel: a thin autoencoder, 16 times smaller."""
-    return parts(vae=qwen_vae(levels=5, base=2), **extra)
+    return parts(vae=qwen_vae(levels=5, base=2, blocks=0), **extra)
 
 
 def controlnet(extra: int = 0) -> diffusers.QwenImageControlNetModel:
@@ -54,7 +54,7 @@ def layered() -> dict[str, Any]:
     The latents must not have four channels too: four would be taken for latents and not be encoded.
     """
     net = transformer(in_channels=24, out_channels=6, use_additional_t_cond=True, use_layer3d_rope=True)
-    return parts(vae=qwen_vae(latent=6, levels=5, base=2, input_channels=4), transformer=net)
+    return parts(vae=qwen_vae(latent=6, levels=5, base=2, blocks=0, input_channels=4), transformer=net)
 
 
 def qwen(name: str, given: dict[str, Any], inputs: dict[str, Any], notes: str = "", **rest: Any) -> Case:

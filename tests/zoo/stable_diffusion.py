@@ -68,10 +68,21 @@ def sd(name: str, inputs: dict[str, Any], **changed: Any) -> Case:
     return make(name, parts(**changed), inputs, "image", "stable_diffusion")
 
 
+def solved(solver: diffusers.SchedulerMixin) -> Case:
+    """Return Stable Diffusion with another solver, the ways of which the adapter must bear."""
+    return sd("StableDiffusion", TEXT | SIZE, scheduler=solver)
+
+
 BUILDERS: dict[str, Builder] = {
     "StableDiffusion": lambda: sd("StableDiffusion", TEXT | SIZE),
     "SD15_v_prediction": lambda: sd("StableDiffusion", TEXT | SIZE, scheduler=v_prediction()),
-    "SD15_ddpm": lambda: sd("StableDiffusion", TEXT | SIZE, scheduler=diffusers.DDPMScheduler(**BETAS)),
+    "SD15_ddpm": lambda: solved(diffusers.DDPMScheduler(**BETAS)),
+    "SD15_dpmpp": lambda: solved(diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True)),
+    "SD15_dpmpp_sde": lambda: solved(diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++")),
+    "SD15_euler_ancestral": lambda: solved(diffusers.EulerAncestralDiscreteScheduler(**BETAS)),
+    "SD15_heun": lambda: solved(diffusers.HeunDiscreteScheduler(**BETAS)),
+    "SD15_tcd": lambda: solved(diffusers.TCDScheduler(**BETAS)),
+    "SD15_unipc": lambda: solved(diffusers.UniPCMultistepScheduler(**BETAS)),
     "StableDiffusionImg2Img": lambda: sd("StableDiffusionImg2Img", TEXT | CHANGE),
     "StableDiffusionInpaint": lambda: sd(
         "StableDiffusionInpaint", TEXT | SIZE | CHANGE | {"mask_image": mask()}, unet=unet(in_channels=9)

@@ -45,13 +45,15 @@ def wan_vae(latent: int = 16, **extra: Any) -> diffusers.AutoencoderKLWan:
     )
 
 
-def qwen_vae(latent: int = 4, levels: int = 2, base: int = 4, **extra: Any) -> diffusers.AutoencoderKLQwenImage:
+def qwen_vae(
+    latent: int = 4, levels: int = 2, base: int = 4, blocks: int = 1, **extra: Any
+) -> diffusers.AutoencoderKLQwenImage:
     """Return the autoencoder of Qwen-Image, which shrinks by ``2 ** (levels - 1)``; latents are not normalised."""
     return diffusers.AutoencoderKLQwenImage(
         base_dim=base,
         z_dim=latent,
         dim_mult=[1] * levels,
-        num_res_blocks=1,
+        num_res_blocks=blocks,
         temperal_downsample=[False] * (levels - 1),
         latents_mean=[0.1] * latent,
         latents_std=[1.5] * latent,
@@ -92,6 +94,7 @@ def deep_wan_vae(latent: int = 16) -> diffusers.AutoencoderKLWan:
     return wan_vae(
         latent,
         base_dim=2,
+        num_res_blocks=0,
         dim_mult=[1] * 6,
         temperal_downsample=[False, False, False, True, True],
         scale_factor_spatial=32,
