@@ -1,0 +1,249 @@
+"""`shapes-video`: nine 16×16 frames of one object that moves as told, or as gravity has it.
+
+    move    "a red circle moving right"           left, right, up, down; .7 to 1.1 pixels a frame
+    path    "a red circle moving right then up"   another direction after four of the eight steps
+    fall    "a red circle falling"                from rest, y = y0 + g n² / 2 with g = .22 pixels per frame²
+    throw   "a red circle thrown left"            x = x0 ± u n, y = y0 - w n + g n² / 2
+    slide   "a red circle sliding right"          from rest down a grey ramp of 40°, .2 pixels per frame² along it
+
+Moves carry actions, one for each pair of frames (:data:`ACTIONS`); falls, throws and slides carry the acceleration
+that was drawn. The model is a ``WanPipeline`` of stock parts, called with ``height=16, width=16, num_frames=8``
+(with an autoencoder that keeps every frame the pipeline rounds 8 up to 9), ``max_sequence_length=8``.
+
+Its ``AutoencoderKLWan`` is not trained but *set* (:func:`exact_autoencoder`): it only folds 2×2 pixels into channels
+and undoes it. A norm and a SiLU stand in the way; both are passed exactly enough by carrying every value as a pair
+±z beside large constants K: the norm then divides by nearly a constant, and ``silu(z) - silu(-z) = z``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from flowalign.pipelines.worlds.canvas import BACKGROUND, COLOURS, SHAPES, Scene, render, uniform
+from flowalign.pipelines.worlds.parts import TEXT_WIDTH, TOKENS, flow_times, word_tokenizer
+from flowalign.pipelines.worlds.train import Stage, World
+
+__all__ = ["ACTIONS", "FRAMES", "GRAVITY", "MOTIONS", "SIZE", "WORLD", "VideoBatch", "caption", "draw", "sample"]
+
+SIZE, FRAMES = 16, 9
+GRAVITY, SLIDE = 0.22, 0.2  # accelerations in pixels per frame²
+SLOPE = (0.766, 0.643)  # cosine and sine of the ramp's 40°
+ACTIONS = ("left", "right", "up", "down", "still")
+STEP = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
+KINDS = SHAPES[:3]
+MOTIONS: tuple[str, ...] = (
+    *(f"moving {a}" for a in ACTIONS[:4]),
+    *(f"moving {a} then {b}" for a in ACTIONS[:4] for b in ACTIONS[:4] if a != b),
+    "falling", "thrown left", "thrown right", "sliding left", "sliding right",
+)  # fmt: skip
+PATHS = [(a, b) for a in range(4) for b in range(4) if a != b]
+CATEGORIES = ("move", "path", "fall", "throw", "slide")
+LEGS = torch.tensor([(a, a) for a in range(4)] + PATHS + [(-1, -1)] * 5)  # directions of the two halves
+GROUP = torch.tensor([0] * 4 + [1] * 12 + [2, 3, 3, 4, 4])
+BATCH, DROPOUT, WIDTH, GUARD = 16, 0.1, 128, 256.0
+
+
+def caption(motion: int, colour: int, shape: int) -> str:
+    """Return the words, given indices into :data:`MOTIONS`, :data:`COLOURS` and :data:`KINDS`."""
+    return f"a {list(COLOURS)[colour]} {KINDS[shape]} {MOTIONS[motion]}"
+
+
+@lru_cache(maxsize=4)
+def compositions(split: str) -> tuple[tuple[int, int, int], ...]:
+    """Return the (motion, colour, shape) of a split: base, train, select, report, withheld (see the edit world).
+
+    Raises:
+        ValueError: for another name.
+    """
+    parts = {"withheld": {0}, "select": {4}, "report": {8}}
+    every = {"base": set(range(1, 12)), "train": set(range(12)) - {0, 4, 8}, **parts}
+    if split not in every:
+        raise ValueError(f"split must be one of {', '.join(every)}; got {split!r}.")
+    names = [(m, c, s) for m in range(len(MOTIONS)) for c in range(len(COLOURS)) for s in range(len(KINDS))]
+    return tuple(x for x in names if (7 * x[0] + 5 * x[1] + 3 * x[2]) % 12 in every[split])
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """``video`` ``(B, 9, 3, 16, 16)`` in [0, 1], the words, and the truth.
+
+    Attributes:
+        video: the frames.
+        prompts: the words.
+        motion: ``(B,)`` index into :data:`MOTIONS`.
+        names: ``(B, 3)`` motion, colour, shape.
+        track: ``(B, 9, 2)`` centres (x, y) in pixels.
+    """
+
+    video: Tensor
+    prompts: list[str]
+    motion: Tensor
+    names: Tensor
+    track: Tensor
+
+    def actions(self) -> Tensor:
+        """Return ``(B, 8)`` indices into :data:`ACTIONS` of moves and paths; -1 for the others."""
+        legs = LEGS.to(self.motion.device)[self.motion]
+        return legs.repeat_interleave((FRAMES - 1) // 2, 1)
+
+
+def _tracks(motion: Tensor, g: torch.Generator) -> Tensor:
+    """Return ``(B, 9, 2)`` displacements from the first frame."""
+    n, device = len(motion), g.device
+    step = torch.tensor([*STEP, (0.0, 0.0)], device=device)
+    legs = LEGS.to(device)[motion]
+    each = step[legs].repeat_interleave((FRAMES - 1) // 2, 1) * uniform(g, 0.7, 1.1, n, 1, 1)
+    steady = torch.cat([torch.zeros(n, 1, 2, device=device), each.cumsum(1)], 1)
+    t = torch.arange(FRAMES, device=device, dtype=torch.float32)[None]
+    drop = GRAVITY * t**2 / 2
+    zero = torch.zeros_like(drop)
+    side = torch.where((motion == 17) | (motion == 19), -1.0, 1.0)[:, None]
+    fall = torch.stack([zero, drop], -1).expand(n, -1, -1)
+    throw = torch.stack([side * uniform(g, 0.5, 0.9, n, 1) * t, drop - uniform(g, 0.8, 1.1, n, 1) * t], -1)
+    along = SLIDE * t**2 / 2
+    slide = torch.stack([side * SLOPE[0] * along, SLOPE[1] * along + 0 * side], -1)
+    group = GROUP.to(device)[motion][:, None, None]
+    return torch.where(group < 2, steady, torch.where(group == 2, fall, torch.where(group == 3, throw, slide)))
+
+
+def draw(g: torch.Generator, n: int, split: str = "base", names: Tensor | None = None) -> VideoBatch:
+    """Draw ``n`` videos; every category equally often, unless ``names`` ``(n, 3)`` are given."""
+    device = g.device
+    if names is None:
+        table = torch.tensor(compositions(split), device=device)
+        weight = 1 / GROUP.bincount().float().to(device)[GROUP.to(device)[table[:, 0]]]
+        names = table[torch.multinomial(weight, n, replacement=True, generator=g)]
+    motion, colour, shape = names.unbind(1)
+    r = uniform(g, 2.0, 2.5, n)
+    away = _tracks(motion, g)
+    low, high = away.amin(1), away.amax(1)
+    room = 1.3 * r[:, None] + 0.3
+    start = (room - low) + (SIZE - 2 * room - (high - low)).clamp_min(0) * torch.rand(n, 2, generator=g, device=device)
+    track = start[:, None] + away
+    flat = track.flatten(0, 1)
+    many = lambda v: v.repeat_interleave(FRAMES)[:, None]  # noqa: E731
+    ones = torch.ones_like(flat[:, :1])
+    scene = Scene(many(shape), many(colour), flat[:, :1], flat[:, 1:], many(r), ones * 0, ones > 0)
+    pictures = render(scene, SIZE)
+    video = _ramp(pictures.unflatten(0, (n, FRAMES)), motion, start, r)
+    words = [caption(*x) for x in names.tolist()]
+    return VideoBatch(video, words, motion, names, track)
+
+
+def _ramp(video: Tensor, motion: Tensor, start: Tensor, r: Tensor) -> Tensor:
+    """Draw a grey line under the path of slides: where the ground shows, at 1.3 r below the object."""
+    axis = torch.arange(SIZE, device=video.device) + 0.5
+    side = torch.where(motion == 19, -1.0, 1.0)[:, None, None]
+    x, y = axis[None, None, :] - start[:, 0, None, None], axis[None, :, None] - start[:, 1, None, None]
+    away = (SLOPE[0] * y - side * SLOPE[1] * x) - 1.35 * r[:, None, None] - 0.5
+    line = (0.9 - away.abs()).clamp(0, 1) * (motion >= 19)[:, None, None]
+    ground = (video - BACKGROUND).abs().amax(2, keepdim=True) < 0.02
+    grey = BACKGROUND + (0.4 - BACKGROUND) * line
+    return torch.where(ground, grey[:, None, None], video)
+
+
+def exact_autoencoder() -> AutoencoderKLWan:
+    """Return an ``AutoencoderKLWan`` that folds 2×2 pixels into 12 channels and back, to 1e-4 (see the module)."""
+    z, width = 12, 32
+    vae = AutoencoderKLWan(
+        base_dim=width, z_dim=z, dim_mult=[1], num_res_blocks=0, temperal_downsample=[], in_channels=z, out_channels=z,
+        patch_size=2, scale_factor_temporal=1, scale_factor_spatial=2, latents_mean=[0.0] * z, latents_std=[1.0] * z,
+    )  # fmt: skip
+    for p in vae.parameters():
+        nn.init.zeros_(p)
+    eye = torch.eye(z)
+    constants = width - 2 * z
+    for part in (vae.encoder, vae.decoder):
+        part.conv_in.weight.data[: 2 * z, :, -1, 1, 1] = torch.cat([eye, -eye])
+        part.conv_in.bias.data[2 * z :] = GUARD
+        part.norm_out.gamma.data.fill_(1.0)
+        scale = GUARD * constants**0.5 / width**0.5  # what the norm divides by
+        part.conv_out.weight.data[:z, : 2 * z, -1, 1, 1] = torch.cat([eye, -eye], 1) * scale
+    vae.quant_conv.weight.data[:z, :z, 0, 0, 0] = eye
+    vae.quant_conv.bias.data[z:] = -30.0  # log-variance: no noise
+    vae.post_quant_conv.weight.data[:, :, 0, 0, 0] = eye
+    return vae.requires_grad_(False).eval()
+
+
+def build() -> WanPipeline:
+    """Return the untrained pipeline."""
+    tokenizer = word_tokenizer([caption(*x) for s in ("base", "withheld") for x in compositions(s)])
+    text = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=16, num_heads=4, d_ff=128, num_layers=2,
+            dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    vae = exact_autoencoder()
+    x = patchify(2 * draw(torch.Generator().manual_seed(5), 256).video.movedim(2, 1) - 1, 2)
+    mean, std = x.mean((0, 2, 3, 4)), x.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=12, out_channels=12,
+        text_dim=TEXT_WIDTH, freq_dim=128, ffn_dim=4 * WIDTH, num_layers=4, rope_max_seq_len=32,
+    )  # fmt: skip
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+    )  # fmt: skip
+
+
+def latents(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Return normalised latents ``(B, 12, F, 8, 8)`` of videos ``(B, F, 3, 16, 16)``: what the autoencoder does."""
+    x = patchify(2 * video.movedim(2, 1) - 1, 2)
+    shape = (1, -1, 1, 1, 1)
+    mean = torch.tensor(vae.config.latents_mean, device=x.device).reshape(shape)
+    return (x - mean) / torch.tensor(vae.config.latents_std, device=x.device).reshape(shape)
+
+
+@lru_cache(maxsize=2)
+def ids(tokenizer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and masks ``(21 · 6 · 3 + 1, TOKENS)`` of all captions in order, and of the empty one last."""
+    every = [(m, c, s) for m in range(len(MOTIONS)) for c in range(len(COLOURS)) for s in range(len(KINDS))]
+    text = [*(caption(*x) for x in every), ""]
+    out = tokenizer(text, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return out.input_ids.to(device), out.attention_mask.to(device)
+
+
+def flow_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Train the transformer and the text encoder by flow matching."""
+    batch = draw(g, BATCH)
+    x0 = latents(pipe.vae, batch.video)
+    tokens, mask = ids(pipe.tokenizer, g.device)
+    row = (batch.names[:, 0] * len(COLOURS) + batch.names[:, 1]) * len(KINDS) + batch.names[:, 2]
+    row = torch.where(torch.rand(BATCH, generator=g, device=g.device) < DROPOUT, len(tokens) - 1, row)
+    text = pipe.text_encoder(tokens[row], mask[row]).last_hidden_state * mask[row][..., None]
+    noise = torch.randn(x0.shape, generator=g, device=g.device)
+    t = flow_times(BATCH, g)
+    s = t[:, None, None, None, None]
+    v = pipe.transformer(
+        hidden_states=(1 - s) * x0 + s * noise, timestep=1000 * t, encoder_hidden_states=text, return_dict=False
+    )[0]
+    return (v.float() - (noise - x0)).square().mean()
+
+
+WORLD = World(
+    name="shapes-video",
+    summary="one moving object, with actions or gravity, 9 frames of 16×16, flow matching (WanPipeline)",
+    build=build,
+    stages=(Stage("flow", lambda pipe: [pipe.transformer, pipe.text_encoder], flow_loss, 4000, lr=2e-3),),
+)
+
+
+def sample(pipe: Any, prompts: list[str], *, steps: int = 10, guidance: float = 1.0, seed: int = 0) -> Tensor:
+    """Return videos ``(B, 9, 3, 16, 16)`` by the plain pipeline."""
+    noise = torch.randn(len(prompts), 12, FRAMES, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return pipe(
+        prompt=prompts, height=SIZE, width=SIZE, num_frames=FRAMES - 1, num_inference_steps=steps,
+        guidance_scale=guidance, latents=noise.to(pipe.device), max_sequence_length=TOKENS, output_type="pt",
+    ).frames.float()  # fmt: skip
