@@ -59,6 +59,7 @@ REWARDS: dict[str, str] = {
     "si-sdr": _HERE + "audio_signal:SISDR",
     "smoothness": _HERE + "quality:Smoothness",
     "spatial": _HERE + "spatial:Spatial",
+    "trained": _HERE + "training:Trained",
     "vendi": _HERE + "sets:VendiSet",
     "videoreward": _HERE + "videoreward:VideoReward",
     "vqa": _HERE + "vqa:VQAScore",
