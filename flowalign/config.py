@@ -40,7 +40,9 @@ class Evaluation:
         batch: images sampled at a time.
         steps: sampling steps; those of the training when None.
         guidance: whether the pipeline's guidance rule is on; the base should be judged at its best.
-        rewards: held-out rewards, a specification like ``reward``; none when None.
+        rewards: held-out rewards, a specification like ``reward``; off the demo worlds the first is the headline, and
+            the training's own reward is when None.
+        layouts: module:function(media, prompts) -> (B,) integers that name arrangements; the world's own when None.
         seed: of the noises.
         every: iterations between checks while training; 0 for none.
         check: images of a check in all.
@@ -53,6 +55,7 @@ class Evaluation:
     steps: int | None = None
     guidance: bool = True
     rewards: str | None = None
+    layouts: str | None = None
     seed: int = 20261121
     every: int = 0
     check: int = 200

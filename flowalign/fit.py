@@ -28,7 +28,7 @@ from flowalign.scorer import Scorer
 from flowalign.source import Draw, Source
 from flowalign.trainer import Trainer
 
-__all__ = ["FitOptions", "Metrics", "fit"]
+__all__ = ["FitOptions", "Metrics", "check_settings", "fit"]
 
 Metrics = dict[str, float]
 
@@ -72,13 +72,16 @@ def fit(
         RuntimeError: if the ratio at the first update is not one.
         FloatingPointError: for a gradient that is not finite.
     """
-    _check(pipeline, recipe, options)
+    check_settings(pipeline, recipe, options)
     policy.ledger = scorer.ledger
     trainer = Trainer(policy, parameters, recipe, source, options, accelerator)
     if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
         trainer.load_state_dict(checkpoint.load(path))
     gather = same if accelerator is None else accelerator.gather
     collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather)
+    if trainer.iteration == 0:
+        for learner in recipe.learners:
+            learner.before(collector, source, options)
     while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
         metrics = _iterate(trainer, collector)
         trainer.iteration += 1
@@ -86,7 +89,8 @@ def fit(
         last = ended or trainer.iteration >= options.iterations or _spent(policy.ledger, options)
         due = options.checkpoint_every and trainer.iteration % options.checkpoint_every == 0
         if folder is not None and (last or due):
-            checkpoint.save(folder, trainer.iteration, trainer.state_dict())
+            state = trainer.state_dict() | {"metrics": {"iteration": float(trainer.iteration), **metrics}}
+            checkpoint.save(folder, trainer.iteration, state)
         yield {"iteration": float(trainer.iteration), **metrics}
         if ended:
             return
@@ -149,8 +153,12 @@ def _spent(ledger: Ledger, options: FitOptions) -> bool:
     return late or (options.max_evaluations is not None and ledger.evaluations >= options.max_evaluations)
 
 
-def _check(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> None:
-    """Refuse what cannot learn before any long work starts."""
+def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> None:
+    """Refuse what cannot learn before any long work starts.
+
+    Raises:
+        ValueError: no step to train on, or groups too small to compare anything in.
+    """
     wants = recipe.objective.wants
     if wants in ("transitions", "paths"):
         trained_steps(recipe, recipe.grid(pipeline.times(options.steps)))

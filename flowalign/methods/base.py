@@ -133,9 +133,14 @@ class Candidates:
 
 
 class Steering(Method):
-    """A method that searches the samples of a frozen generator."""
+    """A method that searches the samples of a frozen generator.
+
+    Attributes:
+        results: ``best``: the best of all candidates are the result; ``last``: the last round is, with its weights.
+    """
 
     kind: ClassVar[Kind] = "steering"
+    results: ClassVar[Literal["best", "last"]] = "best"
 
     @abstractmethod
     def search(self, task: Task) -> Iterator[Candidates]:

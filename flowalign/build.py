@@ -1,0 +1,317 @@
+"""From a configuration to the parts of a run; everything that can be wrong is found here, before any long work.
+
+This is where methods, pipelines and rewards meet, so it imports both outside worlds, lazily.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flowalign.config import RunConfig
+from flowalign.evaluate import Exam, Layouts
+from flowalign.noise import mix
+from flowalign.policy import Policy
+from flowalign.prompts import read_prompts
+from flowalign.protocols import Card, Meta, Pipeline, Reward
+from flowalign.scorer import Scorer
+from flowalign.source import Prompt, Prompts
+from flowalign.steer import SteerConfig
+
+__all__ = ["WORLDS", "Facts", "Job", "Shuffled", "build", "open_pipeline", "open_reward", "run_context"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run on a demo world takes by default.
+
+    Attributes:
+        judge: strict reward, the truth that accuracies are reported by.
+        layouts: ``module:function`` that names arrangements; "" for none.
+        train: prompt set to learn from.
+        check: set that recipes are chosen on.
+        report: set that figures are reported on.
+        call: arguments of the pipeline's call at its best.
+    """
+
+    judge: str
+    layouts: str = ""
+    train: str = "train"
+    check: str = "select"
+    report: str = "report"
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+WORLDS: dict[str, Facts] = {
+    "shapes": Facts("shapes", "flowalign.rewards.shapes:layout_codes", call={"guidance_scale": 1.0}),
+}
+
+
+class Shuffled:
+    """A reward whose scores are exchanged among the samples of the same prompt: the control that must not learn.
+
+    The permutation is a function of the scores' own media, so that a resumed run repeats it.
+    """
+
+    def __init__(self, reward: Reward, seed: int = 0) -> None:
+        self.reward, self.seed = reward, seed
+
+    @property
+    def card(self) -> Card:
+        """The card of the reward inside."""
+        return self.reward.card
+
+    def __call__(self, media: Tensor, prompts: Sequence[str], meta: Meta | None = None) -> Tensor:
+        """Score, then permute within each prompt."""
+        scores = self.reward(media, prompts, meta)
+        g = torch.Generator().manual_seed(mix(self.seed, int(media.double().sum().cpu().view(torch.int64))))
+        out = scores.clone()
+        for prompt in dict.fromkeys(prompts):
+            mine = torch.tensor([i for i, p in enumerate(prompts) if p == prompt])
+            out[mine] = scores[mine[torch.randperm(len(mine), generator=g)]]
+        return out
+
+
+@dataclass
+class Job:
+    """The parts of a run.
+
+    Attributes:
+        config: what was asked for.
+        pipeline: the generator as it is trained.
+        judged: the same generator as it is evaluated, which may differ in guidance.
+        scorer: of the training.
+        judge: of the evaluation; its first reward is the headline.
+        source: training prompts.
+        exam: final evaluation.
+        check: small evaluation while training; None for none.
+        layouts: names arrangements; None where diversity is not measured.
+        context: entered around every forward pass.
+    """
+
+    config: RunConfig
+    pipeline: Pipeline
+    judged: Pipeline
+    scorer: Scorer
+    judge: Scorer
+    source: Prompts
+    exam: Exam
+    check: Exam | None
+    layouts: Layouts | None
+    context: Callable[[], AbstractContextManager[Any]]
+
+
+def build(config: RunConfig) -> Job:
+    """Open everything that a configuration names.
+
+    Raises:
+        ValueError: for whatever does not exist, with the nearest names that do.
+    """
+    e, facts = config.evaluation, WORLDS.get(config.pipeline)
+    spec = _set(config.prompts, config, facts, "train")
+    if not spec:
+        raise ValueError(
+            f"no prompts are given, and {config.pipeline!r} is no demo world that brings its own. Set prompts to a "
+            "text file with one prompt a line, a .jsonl file, or a dataset's id."
+        )
+    prompts = read_prompts(spec, world_prompts)
+    held = read_prompts(_set(e.prompts, config, facts, "report") or spec, world_prompts)
+    small = read_prompts(_set(e.check_prompts, config, facts, "check") or spec, world_prompts)
+    _check_names(config.reward, e.rewards or "", facts.judge if facts is not None else "")
+    device = pick_device(config.device)
+    pipeline, judged = open_pipeline(config.pipeline, config.call, [config.guidance, e.guidance], device)
+    rewards = {
+        n: (Shuffled(r, config.fit.seed) if config.permute else r) for n, r in _terms(config.reward, device).items()
+    }
+    weights = {k: w for k, (_, w) in _parsed(config.reward).items()}
+    judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
+    judges = _terms(judge_spec, device) if judge_spec else {k: r for k, r in _terms(config.reward, device).items()}
+    steps = e.steps or config.fit.steps
+    return Job(
+        config, pipeline, judged,
+        Scorer(pipeline, rewards, weights),
+        Scorer(judged, judges),
+        Prompts(prompts, config.fit.seed),
+        Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
+        Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,
+        _layouts(config, facts),
+        run_context(config.precision, device),
+    )  # fmt: skip
+
+
+def _set(given: str | None, config: RunConfig, facts: Facts | None, which: str) -> str:
+    """Return a prompt specification: the one given, the world's own, or nothing."""
+    if given or facts is None:
+        return given or ""
+    return f"{config.pipeline}:{getattr(facts, which)}"
+
+
+def _layouts(config: RunConfig, facts: Facts | None) -> Layouts | None:
+    path = config.evaluation.layouts or (facts.layouts if facts is not None else "")
+    return _function(path) if path else None
+
+
+def _check_names(*specs: str) -> None:
+    """Refuse unknown rewards before anything is loaded."""
+    from flowalign import rewards
+
+    for spec in filter(None, specs):
+        for term in rewards.parse(spec):
+            rewards.locate(term.name)
+
+
+def _per_category(prompts: Sequence[Prompt], images: int) -> int:
+    kinds = {str(p.meta.get("category", "all")) for p in prompts}
+    return max(1, images // len(kinds))
+
+
+# -- what is named ---------------------------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """Return the device; ``auto`` takes CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _parsed(spec: str) -> dict[str, tuple[str, float]]:
+    """Return name → (specification without weight, weight)."""
+    from flowalign import rewards
+
+    out: dict[str, tuple[str, float]] = {}
+    for term in rewards.parse(spec):
+        key = term.name if term.name not in out else f"{term.name}@{term.weights}"
+        out[key] = (term.name if term.weights is None else f"{term.name}@{term.weights}", term.weight)
+    return out
+
+
+def _terms(spec: str, device: torch.device) -> dict[str, Reward]:
+    """Return the rewards of a specification, each by itself."""
+    from flowalign import rewards
+
+    return {name: rewards.load(one, device=device) for name, (one, _) in _parsed(spec).items()}
+
+
+def open_reward(spec: str, device: str = "auto") -> Reward:
+    """Return the reward of a specification."""
+    from flowalign import rewards
+
+    return rewards.load(spec, device=pick_device(device))
+
+
+def open_pipeline(
+    name: str, call: Mapping[str, Any], guided: Sequence[bool], device: torch.device, dtype: torch.dtype | None = None
+) -> list[Pipeline]:
+    """Return a generator once for each answer to whether its guidance rule is on; all share their networks.
+
+    Raises:
+        ValueError: for a pipeline that does not exist, with the nearest names.
+    """
+    if ":" in name:
+        return [_function(name)()] * len(guided)
+    from flowalign.pipelines import load
+
+    facts = WORLDS.get(name)
+    options = {**(facts.call if facts else {}), **call}
+    made: dict[bool, Any] = {guided[0]: load(_location(name), options, guided=guided[0], device=device, dtype=dtype)}
+    pipe = made[guided[0]].pipe
+    pipe.set_progress_bar_config(disable=True)
+    for on in guided[1:]:
+        made.setdefault(on, load(pipe, options, guided=on, check=False) if on not in made else None)
+    return [cast(Pipeline, made[on]) for on in guided]
+
+
+def open_parts(config: SteerConfig) -> tuple[Pipeline, Scorer, list[Prompt], Policy]:
+    """Return generator, rewards, prompts and policy of a steering run.
+
+    Raises:
+        ValueError: for whatever does not exist.
+    """
+    facts = WORLDS.get(config.pipeline)
+    spec = config.prompts or (f"{config.pipeline}:{facts.report}" if facts is not None else "")
+    if not spec:
+        raise ValueError("no prompts are given: set prompts to a file, or write the prompt itself.")
+    looks_like_text = " " in spec and not Path(spec).exists()
+    prompts = [Prompt(spec)] if looks_like_text else read_prompts(spec, world_prompts)
+    _check_names(config.reward)
+    device = pick_device(config.device)
+    generator = open_pipeline(config.pipeline, config.call, [config.guidance], device)[0]
+    weights = {k: w for k, (_, w) in _parsed(config.reward).items()}
+    scorer = Scorer(generator, _terms(config.reward, device), weights)
+    policy = Policy(generator, context=run_context(config.precision, device))
+    return generator, scorer, prompts[: config.limit], policy
+
+
+def _location(name: str) -> str:
+    from flowalign.pipelines import worlds
+
+    here = Path(worlds.__file__).parent / "weights" / name
+    if here.is_dir():
+        return str(here)
+    if Path(name).exists() or name.count("/") == 1:
+        return name
+    known = sorted(p.name for p in here.parent.iterdir() if p.is_dir()) if here.parent.is_dir() else []
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"Nearest demo worlds: {', '.join(close)}." if close else f"Demo worlds: {', '.join(known) or 'none'}."
+    raise ValueError(
+        f"no pipeline is called {name!r}. {hint} Otherwise give a folder written by save_pretrained, a hub id "
+        "(owner/name), or module:function of your own."
+    )
+
+
+def world_prompts(world: str, name: str) -> list[Prompt]:
+    """Return a prompt set of a demo world.
+
+    Raises:
+        KeyError: for a world that is not known.
+        ValueError: for a set that it does not have.
+    """
+    if world not in WORLDS:
+        raise KeyError(world)
+    from flowalign.pipelines import worlds
+
+    folder = Path(worlds.__file__).parent / "prompts"
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"world {world} has no prompt set {name!r}; it has {sorted(p.stem for p in folder.glob('*.jsonl'))}."
+        )
+    return read_prompts(str(path))
+
+
+def _function(path: str) -> Any:
+    """Return ``module:attribute``; the working directory counts as on the path, as it does for ``python -m``."""
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+def run_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what is entered around every forward pass, in rollout and update alike."""
+    if precision == "fp32":
+        return nullcontext
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+    @contextmanager
+    def inside() -> Any:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(device.type, dtype))
+            if device.type == "cpu":  # the flash kernel's bf16 backward pass is many times slower there
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    return inside

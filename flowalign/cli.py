@@ -1,0 +1,342 @@
+"""The ``flowalign`` command. Each subcommand is thin: it reads options, calls one function, prints what came.
+
+Options come from dataclasses (tyro), so ``--help`` and the YAML keys are the same fields with the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flowalign.methods import METHODS, names, nearest, resolve
+
+__all__ = ["main"]
+
+HELP = """flowalign: align diffusion and flow-matching generators with reward models.
+
+  flowalign demo                          align a little text-to-image model by two methods, and look: 12 minutes
+  flowalign train METHOD [options]        fine-tune a generator on a reward
+  flowalign steer METHOD [options]        search a frozen generator's samples
+  flowalign score REWARD FILES...         what a reward says of images
+  flowalign evaluate FOLDER [options]     judge a run's result once more, or a pipeline
+  flowalign report FOLDER...              write report.html of one run, or of several side by side
+  flowalign methods | rewards | pipelines what there is
+  flowalign serve REWARD                  a reward behind HTTP
+  flowalign cite METHOD                   BibTeX
+
+A first run, on the demo model that comes with the package:
+
+  flowalign train diffusion-nft --pipeline shapes --reward shapes --max-seconds 120 --output runs/first
+
+Your own: a folder or hub id of any diffusers pipeline, a reward by name or as module:Class, prompts in a file:
+
+  flowalign train flow-grpo --preset published --pipeline stabilityai/stable-diffusion-3.5-medium \\
+      --reward pickscore --prompts prompts.txt --precision bf16 --call height 512 width 512
+
+`flowalign COMMAND --help` says more.
+"""
+TRAIN_HELP = """usage: flowalign train METHOD [--preset NAME] [--config FILE.yaml] [options]
+
+Fine-tunes a generator on a reward: evaluates it on held-out prompts, trains, evaluates again on the same noises, and
+writes a folder with the configuration, metrics, checkpoints, the result in diffusers format, summary.json, report.html.
+
+  METHOD               {methods}
+  --preset NAME        settings to start from: demo (for the little worlds) or published (the paper's); default demo
+  --config FILE        a YAML file over the preset; its keys are the options below, nested at the dots
+  --resume             go on with the run in --output after a crash or Ctrl-C; only budgets may change
+  --full | --lora      train all weights, or a LoRA (then --lora.rank, --lora.alpha, ...)
+  --max-seconds, --max-evaluations, --iterations, --seed     short for --fit.max-seconds, ...
+  --quiet              no progress bars
+
+flowalign train METHOD --help lists every option with its default.
+"""
+STEER_HELP = """usage: flowalign steer METHOD [--preset NAME] [options]
+
+Searches the samples of a frozen generator and writes the best, their scores and the cost to a folder.
+
+  METHOD               {methods}
+
+  flowalign steer best-of-n --prompts "three cyan circles" --method.n 16
+  flowalign steer best-of-n --prompts prompts.txt --budget 5000 --unit evaluations
+
+flowalign steer METHOD --help lists every option with its default.
+"""
+SHORT = {
+    "--max-seconds": "--fit.max-seconds",
+    "--max-evaluations": "--fit.max-evaluations",
+    "--iterations": "--fit.iterations",
+    "--seed": "--fit.seed",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    try:
+        if args[0] == "--version":
+            from flowalign import __version__
+
+            print(__version__)
+            return
+        if args[0] not in COMMANDS:
+            raise ValueError(f"there is no command {args[0]!r}. {nearest(args[0], list(COMMANDS))}")
+        COMMANDS[args[0]](args[1:])
+    except (ValueError, FloatingPointError) as error:
+        print(f"flowalign: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
+    except KeyboardInterrupt:
+        print(
+            "flowalign: stopped. What was saved is in the run's folder; --resume goes on from there.", file=sys.stderr
+        )
+        raise SystemExit(130) from None
+
+
+# -- reading options -------------------------------------------------------------------------------------------------
+def _take(args: list[str], option: str, default: str | None = None) -> str | None:
+    """Remove ``option VALUE`` or ``option=VALUE`` and return the value."""
+    for i, a in enumerate(args):
+        if a == option:
+            if i + 1 >= len(args):
+                raise ValueError(f"{option} needs a value.")
+            value = args[i + 1]
+            del args[i : i + 2]
+            return value
+        if a.startswith(option + "="):
+            del args[i]
+            return a.removeprefix(option + "=")
+    return default
+
+
+def _flag(args: list[str], option: str) -> bool:
+    """Remove a flag and return whether it was there."""
+    found = option in args
+    args[:] = [a for a in args if a != option]
+    return found
+
+
+def _method_name(args: list[str], kind: str) -> str | None:
+    if not args or args[0].startswith("-"):
+        return None
+    name = args.pop(0)
+    found = resolve(name).kind
+    if found != kind:
+        verb = {"training": "train", "steering": "steer"}[found]
+        raise ValueError(f"{name} is a {found} method: run flowalign {verb} {name}.")
+    return name
+
+
+def _parse(kind: Any, args: list[str], default: Any, prog: str) -> Any:
+    import tyro
+
+    shown = tyro.conf.AvoidSubcommands[kind]
+    return tyro.cli(shown, args=args, default=default, prog=prog, config=(tyro.conf.SuppressFixed,))
+
+
+# -- train -----------------------------------------------------------------------------------------------------------
+def train(args: list[str]) -> None:
+    """``flowalign train``."""
+    from flowalign.config import RunConfig
+
+    if not args or args[0] in ("-h", "--help"):
+        print(TRAIN_HELP.format(methods=", ".join(names("training"))))
+        return
+    config, resume, quiet = _train_config(args, RunConfig)
+    from flowalign.run import train as run
+
+    summary = run(config, resume, progress=not quiet)
+    print(_table(summary))
+    print(f"\n{config.folder}/report.html")
+
+
+def _train_config(args: list[str], kind: type) -> tuple[Any, bool, bool]:
+    """Read a training configuration: preset, file or resumed run, then options."""
+    from flowalign.config import default, from_yaml
+    from flowalign.folder import Folder
+    from flowalign.prepare import Lora
+
+    name = _method_name(args, "training")
+    file, preset = _take(args, "--config"), _take(args, "--preset", "demo") or "demo"
+    resume, quiet, full, lora = (_flag(args, o) for o in ("--resume", "--quiet", "--full", "--lora"))
+    for i, a in enumerate(args):
+        head, equals, tail = a.partition("=")
+        args[i] = SHORT.get(head, head) + equals + tail
+    output = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--output"), None)
+    old = Folder(Path(output)) if output is not None else None
+    if resume and old is not None and old.exists:
+        base = replace(old.config(), output=Path(output or ""))
+        if name is not None and base.method.name != name:
+            raise ValueError(f"{old.path} is a run of {base.method.name}, not of {name}.")
+    elif file is not None:
+        base = from_yaml(Path(file), name, preset)
+    elif name is None:
+        raise ValueError(f"name a method: {', '.join(names('training'))}; or give --config, or --resume with --output.")
+    else:
+        base = default(name, preset)
+    if full and (lora or any(a.startswith("--lora.") for a in args)):
+        raise ValueError("--full trains all weights and --lora an adapter: choose one.")
+    if full:
+        base = replace(base, lora=None)
+    elif lora or any(a.startswith("--lora.") for a in args):
+        base = replace(base, lora=base.lora or Lora())
+    return _parse(kind, args, base, f"flowalign train {base.method.name}"), resume, quiet
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """Return the figures of a run as text."""
+    cost = f"{summary['trained_seconds']:.0f} s of training, {summary['evaluations']} network evaluations"
+    lines = [f"{summary['method']} on {summary['pipeline']}: {summary['iterations']} iterations, {cost}"]
+    if "accuracy" not in summary:
+        return "\n".join([*lines, f"{summary['status']}: no final evaluation; --resume goes on"])
+    lines.append(
+        f"{'held-out prompts':18}{'images':>7}{'before':>9}{'after':>9}{'gain':>9}{'± s.e.':>8}{'layouts kept':>14}"
+    )
+    for name, c in summary["accuracy"].items():
+        kept = "-" if c["layouts_kept"] is None else f"{c['layouts_kept']:.0%}"
+        lines.append(
+            f"{name:18}{c['images']:7d}{c['before'][0]:9.3f}{c['after'][0]:9.3f}{c['gain'][0]:+9.3f}"
+            f"{c['gain'][1]:8.3f}{kept:>14}"
+        )
+    return "\n".join(lines)
+
+
+# -- the others ------------------------------------------------------------------------------------------------------
+def steer(args: list[str]) -> None:
+    """``flowalign steer``."""
+    from flowalign.config import preset_of
+    from flowalign.steer import SteerConfig, run
+
+    if not args or args[0] in ("-h", "--help"):
+        print(STEER_HELP.format(methods=", ".join(names("steering"))))
+        return
+    name = _method_name(args, "steering")
+    if name is None:
+        raise ValueError(f"name a method: {', '.join(names('steering'))}.")
+    preset = preset_of(resolve(name), _take(args, "--preset", "demo") or "demo")
+    base = SteerConfig(preset.method, samples=preset.fit.size, steps=preset.fit.steps, guidance=preset.guidance)
+    config = _parse(SteerConfig, args, base, f"flowalign steer {name}")
+    s = run(config)
+    print(f"reward of the results {s['reward_of_results']:.4f}, of all candidates {s['reward_of_candidates']:.4f}; "
+          f"{s['ledger']['evaluations']:.0f} network evaluations\n{config.folder}")  # fmt: skip
+
+
+def demo(args: list[str]) -> None:
+    """``flowalign demo``."""
+    from flowalign.demo import DemoOptions, run
+
+    run(_parse(DemoOptions, args, DemoOptions(), "flowalign demo"))
+
+
+def report(args: list[str]) -> None:
+    """``flowalign report FOLDER... [--output FILE]``."""
+    from flowalign.folder import Folder
+    from flowalign.report import write_report
+
+    output = _take(args, "--output")
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: flowalign report FOLDER [FOLDER ...] [--output FILE.html]")
+        return
+    folders = [Folder(Path(a)) for a in args]
+    for f in folders:
+        if not f.exists:
+            raise ValueError(f"{f.path} holds no run.")
+    print(write_report(folders, Path(output) if output else folders[0].path / "report.html"))
+
+
+def methods(args: list[str]) -> None:
+    """``flowalign methods [NAME]``."""
+    if not args:
+        for name in METHODS:
+            m = resolve(name)
+            print(f"{name:18}{m.kind:10}{m.summary}")
+        return
+    m = resolve(args[0])
+    print((m.__doc__ or "").strip(), "\n")
+    from flowalign.config import to_dict
+
+    for key, preset in m.presets().items():
+        print(
+            f"preset {key}: {preset.note}\n  method {json.dumps(to_dict(preset.method))}\n"
+            f"  fit {json.dumps(to_dict(preset.fit))}"
+        )
+
+
+def rewards(args: list[str]) -> None:
+    """``flowalign rewards [--json]``."""
+    from flowalign.rewards import cards
+
+    found = cards()
+    if "--json" in args:
+        print(json.dumps([vars(c) for c in found], indent=2))
+        return
+    for c in found:
+        grad = "gradients" if c.differentiable else ""
+        print(f"{c.name:20}{'/'.join(c.modality):14}{grad:11}{c.licence:16}{c.summary}")
+
+
+def cite(args: list[str]) -> None:
+    """``flowalign cite METHOD...``."""
+    for name in args or list(METHODS):
+        print(resolve(name).reference, "\n")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What a reward says of pictures.
+
+    Attributes:
+        prompt: what they were to show; else each picture's prompt is looked for in a text file beside it.
+        device: where networks run.
+        json: print JSON lines.
+    """
+
+    prompt: str | None = None
+    device: str = "auto"
+    json: bool = False
+
+
+def score(args: list[str]) -> None:
+    """``flowalign score REWARD FILES... [options]``."""
+    from flowalign.score import run
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: flowalign score REWARD FILES... [--prompt TEXT] [--device NAME] [--json]")
+        return
+    cut = next((i for i, a in enumerate(args) if a.startswith("--")), len(args))
+    options = _parse(ScoreOptions, args[cut:], ScoreOptions(), "flowalign score REWARD FILES...")
+    if cut < 2:
+        raise ValueError("name a reward and at least one file: flowalign score REWARD FILES...")
+    for line in run(args[0], [Path(a) for a in args[1:cut]], options.prompt, options.device):
+        print(json.dumps(line) if options.json else f"{line['score']:10.4f}  {line['file']}  {line['prompt']}")
+
+
+def _later(module: str, function: str = "main") -> Callable[[list[str]], None]:
+    """Return a command that lives in another module and is imported when it is asked for."""
+
+    def command(args: list[str]) -> None:
+        import importlib
+
+        getattr(importlib.import_module(module), function)(args)
+
+    return command
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "demo": demo,
+    "train": train,
+    "steer": steer,
+    "score": score,
+    "evaluate": _later("flowalign.judge_run"),
+    "report": report,
+    "pipelines": _later("flowalign.pipelines.table"),
+    "methods": methods,
+    "rewards": rewards,
+    "serve": _later("flowalign.rewards.serve"),
+    "cite": cite,
+}

@@ -1,0 +1,323 @@
+"""The main job: evaluate, train, evaluate again, save, report.
+
+    train(config)  →  folder with the resolved configuration, metrics, checkpoints, result, summary.json, report.html
+
+Whatever may be wrong is found in the first seconds: names, prompts, settings that cannot learn, a reward that answers
+NaN. After a crash or Ctrl-C the same call with ``resume=True`` goes on from the newest checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowalign import checkpoint
+from flowalign.build import Job, build
+from flowalign.collect import Collector, collect
+from flowalign.config import RunConfig, flatten, to_dict
+from flowalign.evaluate import Exam, Outcome, compare, drift, examine
+from flowalign.fit import check_settings, fit
+from flowalign.folder import Folder
+from flowalign.ledger import Ledger
+from flowalign.methods.base import Training
+from flowalign.policy import Policy, Weights
+from flowalign.prepare import prepare
+from flowalign.recipe import Recipe
+from flowalign.result import save_result
+from flowalign.summary import summarise
+
+__all__ = ["Run", "train"]
+
+CHECKPOINTS = "checkpoints"
+RECORDS = ("metrics.jsonl", "checks.jsonl")
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        job: its parts.
+        folder: where it writes.
+        recipe: the method's choices.
+        policy: of the training.
+        parameters: what is trained.
+        other: a policy with the same roles on the evaluated pipeline, with a ledger of its own.
+        role: whose weights are evaluated and saved.
+        seconds: of evaluations, by name.
+    """
+
+    job: Job
+    folder: Folder
+    recipe: Recipe
+    policy: Policy
+    parameters: list[nn.Parameter]
+    other: Policy
+    role: str
+    seconds: dict[str, float]
+
+
+def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Do a whole run.
+
+    Args:
+        config: what to do.
+        resume: go on with the run that the folder holds.
+        progress: show bars.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        ValueError: for a configuration that cannot work, before any long work.
+    """
+    run = start(config, resume)
+    say = Bars(progress)
+    before = Outcome(**run.folder.remember("before.pt", lambda: _exam(run, "reference", "before", say)))
+    interrupted = _learn(run, say)
+    after = None
+    if not interrupted:
+        after = Outcome(**run.folder.remember("after.pt", lambda: _exam(run, run.role, "after", say)))
+    with run.policy.playing(run.role):
+        save_result(run.job, run.folder)
+    summary = summarise(run, before, after, "interrupted" if interrupted else "done")
+    from flowalign.report import write_report
+
+    write_report([run.folder], run.folder.path / "report.html")
+    return summary
+
+
+def start(config: RunConfig, resume: bool = False) -> Run:
+    """Check everything and open the folder.
+
+    Raises:
+        ValueError: see :func:`train`.
+    """
+    method = config.method
+    if not isinstance(method, Training):
+        raise ValueError(f"{method.name} is a steering method: it trains nothing. Run flowalign steer {method.name}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "flowalign train runs in one process; WORLD_SIZE says that there are several. Call flowalign.fit with an "
+            "accelerate.Accelerator of your own for several."
+        )
+    if Folder(config.folder).exists and not resume:
+        Folder.open(config)  # raises
+    torch.manual_seed(config.fit.seed)
+    job = build(config)
+    recipe = method.recipe(job.pipeline.times(config.fit.steps))
+    check_settings(job.pipeline, recipe, config.fit)
+    roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
+    policy, parameters = prepare(
+        job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, chunk=config.chunk,
+        context=job.context,
+    )  # fmt: skip
+    other = Policy(job.judged, policy.roles, Ledger(), config.chunk, job.context)
+    _probe(job, recipe, policy)
+    folder = Folder.open(config, resume)
+    return Run(job, folder, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
+
+
+def _probe(job: Job, recipe: Recipe, policy: Policy) -> None:
+    """Sample and judge one small group: a reward that answers NaN, None or the wrong shape is found now."""
+    kept, policy.ledger = policy.ledger, Ledger()
+    booked = (job.scorer.ledger, job.judge.ledger)
+    job.scorer.ledger = job.judge.ledger = policy.ledger
+    o = job.config.fit
+    collector = Collector(job.pipeline, job.scorer, policy, recipe, o.steps, o.seed)
+    draw = job.source.draw(0, 1, min(o.size, 2))
+    with torch.no_grad():
+        experience = collect(collector, draw, 0)
+        leaves = experience.trajectory.leaves
+        job.judge.bind(experience.cond, draw.prompts, draw.meta)(leaves.x, leaves.row)
+    policy.ledger, (job.scorer.ledger, job.judge.ledger) = kept, booked
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------------
+def _exam(run: Run, role: str, name: str, say: Bars) -> dict[str, Any]:
+    exam, began = run.job.exam, time.perf_counter()
+    with say.bar(len(exam.rows()), f"evaluate {name}") as tick:
+        outcome = examine(
+            run.job.judged, run.other, run.job.judge, exam, role=role, layouts=run.job.layouts, progress=tick
+        )
+    run.seconds[f"evaluate_{name}"] = time.perf_counter() - began
+    return outcome.state_dict()
+
+
+def measure_drift(run: Run, exam: Exam, base: Outcome, role: str, limit: int = 64) -> float:
+    """Return how far a role's velocity field has moved from the base's, on samples of the base."""
+    shown = base.shown[:limit]
+    prompts = [exam.prompts[int(base.row[i])] for i in shown]
+    return drift(
+        run.job.judged,
+        run.other,
+        [p.text for p in prompts],
+        [p.meta for p in prompts],
+        base.x0[:limit],
+        role,
+        exam.seed,
+    )
+
+
+class Checker:
+    """Small evaluations while training, compared with the base's."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.exam = run, run.job.check
+        if self.exam is not None:
+            self.base = Outcome(**run.folder.remember("check.pt", lambda: self._look("reference").state_dict()))
+            if not run.folder.lines("checks.jsonl"):
+                self.write(0, self.base, "reference")
+
+    def __call__(self, iteration: int) -> None:
+        """Look, if it is time."""
+        every = self.run.job.config.evaluation.every
+        if self.exam is None or iteration % every:
+            return
+        began = time.perf_counter()
+        self.write(iteration, self._look(self.run.role), self.run.role)
+        seconds = self.run.seconds
+        seconds["checks"] = seconds.get("checks", 0.0) + time.perf_counter() - began
+
+    def _look(self, role: str) -> Outcome:
+        assert self.exam is not None
+        job = self.run.job
+        return examine(job.judged, self.run.other, job.judge, self.exam, role=role, layouts=job.layouts)
+
+    def write(self, iteration: int, outcome: Outcome, role: str) -> None:
+        assert self.exam is not None
+        ledger = self.run.policy.ledger
+        record: dict[str, Any] = {
+            "iteration": iteration,
+            "seconds": ledger.seconds,
+            "evaluations": ledger.evaluations,
+            "drift": measure_drift(self.run, self.exam, self.base, role) if iteration else 0.0,
+        }
+        for score in outcome.scores:
+            parts = compare(self.base, outcome, score)
+            record[score] = {c: p.to_dict() for c, p in parts.items()}
+        self.run.folder.append("checks.jsonl", record)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+def _learn(run: Run, say: Bars) -> bool:
+    """Train to the end of the budget; return whether it was interrupted."""
+    o, config = run.job.config.fit, run.job.config
+    place = run.folder.path / CHECKPOINTS
+    checker = Checker(run)
+    at = _catch_up(run, place, checker)
+    with trackers(run) as log, patience() as asked:
+        stream = fit(
+            run.job.pipeline, run.job.scorer, run.job.source, run.recipe, o, policy=run.policy,
+            parameters=run.parameters, folder=place, resume=True, stop=asked,
+        )  # fmt: skip
+        with say.bar(o.iterations, config.method.name, at) as tick:
+            for metrics in stream:
+                run.folder.append("metrics.jsonl", metrics)
+                log(metrics)
+                checker(int(metrics["iteration"]))
+                tick(1, {"reward": metrics.get("reward", float("nan"))})
+        return asked()
+
+
+def _catch_up(run: Run, place: Path, checker: Checker) -> int:
+    """Bring the records to where the newest checkpoint is; return its iteration.
+
+    Lines after it are dropped, as they will be written again. A kill between the checkpoint and its line or its check
+    leaves those missing: they are made now.
+    """
+    newest = checkpoint.latest(place)
+    if newest is None:
+        for name in RECORDS:
+            run.folder.rewind(name, 0)
+        return 0
+    state = checkpoint.load(newest)
+    at = int(state["iteration"])
+    for name in RECORDS:
+        run.folder.rewind(name, at)
+    lines, checks = (run.folder.lines(name) for name in RECORDS)
+    if not lines or lines[-1]["iteration"] < at:
+        run.folder.append("metrics.jsonl", state["metrics"])
+    if checks and checks[-1]["iteration"] < at:
+        averaged = run.policy.roles.get("ema")
+        if isinstance(averaged, Weights):
+            averaged.load_state_dict(state["roles"]["ema"])
+        else:
+            with torch.no_grad():
+                for p, w in zip(run.parameters, state["weights"], strict=True):
+                    p.copy_(w)
+        run.policy.ledger.load_state_dict(state["ledger"])
+        checker(at)
+    return at
+
+
+@contextmanager
+def trackers(run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Yield what sends metrics to the chosen trackers."""
+    config = run.job.config
+    if not config.trackers:
+        yield lambda metrics: None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=str(run.folder.path / "trackers")
+    )
+    plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flatten(to_dict(config)).items()}
+    accelerator.init_trackers("flowalign", config=plain)
+    try:
+        yield lambda m: accelerator.log(m, step=int(m["iteration"]))
+    finally:
+        accelerator.end_training()
+
+
+@contextmanager
+def patience() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a wish to stop after this iteration; the second one stops at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: a notebook's or a test's own handler stays
+        yield lambda: asked
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Bars:
+    """Progress bars, or none."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    @contextmanager
+    def bar(self, total: int, what: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Yield a function that advances the bar."""
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, initial=done, desc=what, disable=not self.shown, dynamic_ncols=True) as line:
+
+            def tick(n: int, also: dict[str, float] | None = None) -> None:
+                if also:
+                    line.set_postfix({k: f"{v:.3f}" for k, v in also.items()}, refresh=False)
+                line.update(n)
+
+            yield tick

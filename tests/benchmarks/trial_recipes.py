@@ -1,0 +1,149 @@
+"""Sweep recipes on a demo world and write one JSON per trial: how the demo's settings were chosen, and how to choose again.
+
+    python tests/benchmarks/trial_recipes.py --method diffusion-nft --grid method.kl=1,2,4 fit.lr=3e-4,6e-4 \
+        --seeds 0 1 --minutes 6 --out /tmp/trials
+
+Accuracy, layouts and drift are measured on the SELECT prompts, by iteration, seconds and network evaluations; the REPORT
+prompts are never looked at here. Trials run as parallel processes of one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def one(args: argparse.Namespace) -> None:
+    """Run one trial in this process."""
+    import torch
+
+    from flowalign.build import build
+    from flowalign.config import compose, default, flatten, to_dict
+    from flowalign.evaluate import Exam, compare, examine
+    from flowalign.fit import fit
+    from flowalign.ledger import Ledger
+    from flowalign.policy import Policy
+    from flowalign.prepare import prepare
+    from flowalign.run import Run, measure_drift
+
+    torch.set_num_threads(1)
+    nested: dict[str, Any] = {"evaluation": {"every": args.every, "check": args.images}, "fit": {"seed": args.seed}}
+    for pair in args.set:
+        key, value = pair.split("=", 1)
+        where = nested
+        *path, last = key.split(".")
+        for p in path:
+            where = where.setdefault(p, {})
+        where[last] = json.loads(value) if value[0] in "[0123456789-tfn" and value != "flow" else value
+    nested["fit"] |= {"iterations": 10**6, "max_seconds": 60.0 * args.minutes}
+    nested["trackers"] = []
+    config = compose(
+        {"method": {"name": args.method, **nested.pop("method", {})}, **nested}, None, args.preset, "trial"
+    )
+    config = replace(config, device=args.device)
+    job = build(config)
+    recipe = config.method.recipe(job.pipeline.times(config.fit.steps))
+    roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
+    policy, parameters = prepare(
+        job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, context=job.context
+    )
+    other = Policy(job.judged, policy.roles, Ledger(), None, job.context)
+    run = Run(job, None, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
+    exam = job.check
+    assert exam is not None
+    if args.categories:
+        prompts = [p for p in exam.prompts if p.meta.get("category") in args.categories]
+        exam = Exam(prompts, args.images // len(args.categories), exam.steps, exam.batch, exam.seed, exam.keep)
+    base = examine(job.judged, other, job.judge, exam, role="reference", layouts=job.layouts)
+    out = {"method": args.method, "set": args.set, "seed": args.seed, "config": flatten(to_dict(config)), "curve": []}
+    began = time.time()
+    for m in fit(job.pipeline, job.scorer, job.source, recipe, config.fit, policy=policy, parameters=parameters):
+        i, done = int(m["iteration"]), policy.ledger.seconds >= 60 * args.minutes
+        if i % args.every and not done:
+            continue
+        look = examine(job.judged, other, job.judge, exam, role=run.role, layouts=job.layouts)
+        point = {
+            "iteration": i, "seconds": policy.ledger.seconds, "evaluations": policy.ledger.evaluations,
+            "reward": m.get("reward"), "dead": m.get("dead"), "ratio_gap": m.get("ratio_gap"), "kl": m.get("kl"),
+            "grad_norm": m.get("grad_norm"), "drift": measure_drift(run, exam, base, run.role),
+            "accuracy": {k: c.to_dict() for k, c in compare(base, look).items()},
+        }  # fmt: skip
+        out["curve"].append(point)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(out | {"wall": time.time() - began, "phases": policy.ledger.phases}, indent=1))
+        text = "  ".join(
+            f"{k} {c['gain'][0]:+.3f}±{c['gain'][1]:.3f} L{c['layouts_kept'] or float('nan'):.2f}"
+            for k, c in point["accuracy"].items()
+        )
+        print(
+            f"{i:4d} {point['seconds']:6.0f}s drift {point['drift']:.4f}  r {point['reward']:.3f}  {text}", flush=True
+        )
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Run a grid of trials, a few at a time."""
+    axes = [[f"{pair.split('=')[0]}={v}" for v in pair.split("=", 1)[1].split(",")] for pair in args.grid]
+    waiting = [(list(choice), seed) for choice in itertools.product(*axes) for seed in args.seeds]
+    running: list[subprocess.Popen[bytes]] = []
+    for choice, seed in waiting:
+        while len([p for p in running if p.poll() is None]) >= args.jobs:
+            time.sleep(0.5)
+        name = "-".join([args.method, *(c.replace("=", "") for c in choice), f"seed{seed}"])
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            "--method",
+            args.method,
+            "--preset",
+            args.preset,
+            "--seed",
+            str(seed),
+        ]
+        command += ["--minutes", str(args.minutes), "--every", str(args.every), "--images", str(args.images)]
+        command += ["--device", args.device, "--out", str(args.out / f"{name}.json"), "--set", *args.set, *choice]
+        command += ["--categories", *args.categories]
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = (args.out / f"{name}.log").open("wb")
+        running.append(
+            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        )
+        print(name, flush=True)
+    for p in running:
+        p.wait()
+
+
+def main() -> None:
+    """Read options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--method", required=True)
+    p.add_argument("--preset", default="demo")
+    p.add_argument("--grid", nargs="*", default=[], help="key=v1,v2 ...")
+    p.add_argument("--set", nargs="*", default=[], help="key=value for every trial")
+    p.add_argument("--seeds", nargs="*", type=int, default=[0])
+    p.add_argument("--minutes", type=float, default=5.0, help="of training, evaluations excluded")
+    p.add_argument("--every", type=int, default=10, help="iterations between looks")
+    p.add_argument("--images", type=int, default=300, help="per look")
+    p.add_argument("--categories", nargs="*", default=[], help="of the looks; all when none is given")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    one(args) if args.one else sweep(args)
+
+
+if __name__ == "__main__":
+    main()
