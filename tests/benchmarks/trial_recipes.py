@@ -1,10 +1,10 @@
-"""Sweep recipes on a demo world and write one JSON per trial: how the demo's settings were chosen, and how to choose again.
+"""Sweep recipes on a demo world, one JSON per trial: how the demo's settings were chosen, and how to choose again.
 
     python tests/benchmarks/trial_recipes.py --method diffusion-nft --grid method.kl=1,2,4 fit.lr=3e-4,6e-4 \
         --seeds 0 1 --minutes 6 --out /tmp/trials
 
-Accuracy, layouts and drift are measured on the SELECT prompts, by iteration, seconds and network evaluations; the REPORT
-prompts are never looked at here. Trials run as parallel processes of one thread each.
+Accuracy, layouts and drift are measured on the SELECT prompts, by iteration, seconds and network evaluations; the
+REPORT prompts are never looked at here. Trials run as parallel processes of one thread each.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def one(args: argparse.Namespace) -> None:
     import torch
 
     from flowalign.build import build
-    from flowalign.config import compose, default, flatten, to_dict
+    from flowalign.config import compose, flatten, to_dict
     from flowalign.evaluate import Exam, compare, examine
     from flowalign.fit import fit
     from flowalign.ledger import Ledger
@@ -45,7 +45,7 @@ def one(args: argparse.Namespace) -> None:
         *path, last = key.split(".")
         for p in path:
             where = where.setdefault(p, {})
-        where[last] = json.loads(value) if value[0] in "[0123456789-tfn" and value != "flow" else value
+        where[last] = json.loads(value) if _plain(value) else value
     nested["fit"] |= {"iterations": 10**6, "max_seconds": 60.0 * args.minutes}
     nested["trackers"] = []
     config = compose(
@@ -89,6 +89,15 @@ def one(args: argparse.Namespace) -> None:
         print(
             f"{i:4d} {point['seconds']:6.0f}s drift {point['drift']:.4f}  r {point['reward']:.3f}  {text}", flush=True
         )
+
+
+def _plain(text: str) -> bool:
+    """Return whether a text reads as JSON: a number, a list, null, true."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def sweep(args: argparse.Namespace) -> None:
