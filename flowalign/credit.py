@@ -27,10 +27,16 @@ Scope = Literal["group", "batch", "none"]
 
 
 def group_mean(values: Tensor, group: Tensor, n: int) -> Tensor:
-    """Return the mean of each group, ``(n,)``; 0 for an empty group."""
+    """Return the mean of each group, ``(n,)``; 0 for an empty group.
+
+    It lies between the smallest and the largest value in spite of round-off: equal values have exactly that mean.
+    """
     group = group.to(values.device)
     count = torch.bincount(group, minlength=n).to(values).clamp_min(1)
-    return values.new_zeros(n).index_add(0, group, values) / count
+    mean = values.new_zeros(n).index_add(0, group, values) / count
+    low = values.new_full((n,), torch.inf).scatter_reduce(0, group, values, "amin")
+    high = values.new_full((n,), -torch.inf).scatter_reduce(0, group, values, "amax")
+    return torch.where(low <= high, mean.clamp(low, high), mean)
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,29 @@ class Normalise:
         """Normalise ``values (N,)`` within ``group (N,)``; a group without variance gets exactly 0.
 
         Args:
-            values: of the samples.
+            values: of the samples; NaN marks one whose value nobody knows: it stays NaN and counts for nothing.
             group: of each sample.
             batch: values of the whole batch where other processes hold parts of it.
         """
         batch = values if batch is None else batch
+        known, batch = ~torch.isnan(values), batch[~torch.isnan(batch)]
+        if not known.all():
+            out = values.clone()
+            if known.any():
+                out[known] = self(values[known], group.to(values.device)[known], batch)
+            return out
         group = group.to(values.device)
         n = int(group.max()) + 1
         mean = {
             "group": lambda: group_mean(values, group, n)[group],
-            "batch": lambda: batch.mean(),
+            "batch": lambda: batch.mean().clamp(batch.min(), batch.max()),
             "none": lambda: values.new_zeros(()),
         }[self.center]()
         out = values - mean
         if self.scale == "group":
             out = out / (self._group_std(values, group, n)[group] + self.eps)
         elif self.scale == "batch":
-            out = out / (batch.std(correction=int(self.unbiased)) + self.eps)
+            out = out / (batch.std(correction=int(self.unbiased and len(batch) > 1)) + self.eps)
         return out if self.clamp is None else out.clamp(-self.clamp, self.clamp)
 
     def _group_std(self, values: Tensor, group: Tensor, n: int) -> Tensor:

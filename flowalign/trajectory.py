@@ -165,6 +165,8 @@ class Transitions:
         weight: advantage or other credit of the step, ``(M,)`` or state-shaped.
         mean: the law's mean when the step was taken, where it was kept.
         carry: the kernel's memory before the step.
+        child: index of the node stepped to, at its level, ``(M,)``.
+        target: clean states ``(M, *)`` that a supervised term pulls to, where a method has one.
     """
 
     x: Tensor
@@ -177,6 +179,8 @@ class Transitions:
     weight: Tensor | None = None
     mean: Tensor | None = None
     carry: Any = None
+    child: Tensor | None = None
+    target: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of steps."""
@@ -284,6 +288,7 @@ class Trajectory:
 
         Args:
             weights: credit per level: entry k holds ``(N_k, ...)``, the credit of the step *into* each node of level k.
+                Steps into nodes without descendants, whose credit is NaN, are left out.
             where: ``(level, t, s) → bool``: which steps to keep; all by default.
 
         Raises:
@@ -293,11 +298,11 @@ class Trajectory:
         times = self.times.tolist()
         for k in range(self.first, len(self.levels) - 1):
             a, b = self.at(k), self.at(k + 1)
-            kept = (b.parent >= 0).nonzero().flatten()
-            if not len(kept) or (where is not None and not where(k, times[k], times[k + 1])):
-                continue
             w = None if weights is None else weights[k + 1]
             if weights is not None and w is None:
+                continue
+            kept = ((b.parent >= 0) & self._credited(k + 1, w)).nonzero().flatten()
+            if not len(kept) or (where is not None and not where(k, times[k], times[k + 1])):
                 continue
             parent, n = b.parent[kept], len(kept)
             parts.append(
@@ -312,6 +317,7 @@ class Trajectory:
                     weight=pick(w, kept),
                     mean=None if a.step is None else pick(a.step.mean, parent),
                     carry=pick(a.carry, parent),
+                    child=kept,
                 )
             )
         if not parts:
@@ -320,6 +326,16 @@ class Trajectory:
                 "stochastic kernel, or widen the window of trained steps."
             )
         return _concat(parts)
+
+    def _credited(self, level: int, weight: Tensor | None) -> Tensor:
+        """Return which nodes have a credit: not those that died out and whose credit is NaN since nobody knows it."""
+        n = len(self.at(level))
+        if weight is None:
+            return torch.ones(n, dtype=torch.bool)
+        alive = torch.zeros(n, dtype=torch.bool)
+        line = self.lineage()[level]
+        alive[line[line >= 0]] = True
+        return alive | ~torch.isnan(weight.detach()).reshape(n, -1).any(1).cpu()
 
     def graft(self, other: Trajectory) -> Trajectory:
         """Return this genealogy with another one, grown from its nodes, joined on: a search tree grows in batches.

@@ -17,8 +17,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flowalign"
 CORE = (
     "adjoint", "batches", "checkpoint", "credit", "experience", "gaussian", "guidance", "kernels", "laws", "ledger",
-    "noise", "objectives", "policy", "potentials", "process", "protocols", "rollout", "selection", "state", "trajectory",
-    "values",
+    "noise", "objectives", "policy", "potentials", "process", "protocols", "rollout", "selection", "state",
+    "trajectory", "values",
 )  # fmt: skip
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
