@@ -174,6 +174,8 @@ class Decoder:
         want = {"image": 4, "video": 5, "audio": 3}[self.adapter.modality]
         if media.ndim == want - 1 and self.adapter.modality == "audio":
             media = media[:, None]
+        if media.ndim == want + 1 and self.adapter.modality == "image" and 1 in (media.shape[1], media.shape[2]):
+            media = media.squeeze(1 if media.shape[1] == 1 else 2)  # a video model's single frame
         return media
 
     # -- the way in ------------------------------------------------------------------------------------------------

@@ -101,14 +101,17 @@ class Memo:
             batch: number of rows; lists of that many strings run along them.
         """
         along = [k for k, v in arguments.items() if "prompt" in k and "template" not in k and _column(v, batch)]
-        if not along:
+        if not along or any(_holds_media(v) for k, v in arguments.items() if k not in along):
             return self.whole(name, method, (), arguments)
         try:
-            static = (name, freeze({k: v for k, v in arguments.items() if k not in along}), tuple(along))
+            fixed = {k: v for k, v in arguments.items() if k not in along and k != "batch_size"}
+            static = (name, freeze(fixed), tuple(along))
         except TypeError:
             return self._run(method, (), arguments)
         rows = list(zip(*(arguments[k] for k in along), strict=True))
         key = (static, tuple(rows))
+        if len(rows) == 1 and static not in self.layout:
+            return self.whole(name, method, (), arguments)
         if key in self.batches:
             self.batches.move_to_end(key)
             return unshared(self.batches[key])
@@ -124,9 +127,9 @@ class Memo:
         missing = [r for r in dict.fromkeys(rows) if (static, r) not in self.rows]
         if missing:
             twice = missing if len(missing) > 1 or static in self.layout else missing * 2
-            fresh = self._run(method, (), {**arguments, **_columns(along, twice)})
+            fresh = self._run(method, (), {**arguments, **_columns(arguments, along, twice)})
             if static not in self.layout:  # one row alone tells, against several, what runs along the batch
-                one = self._run(method, (), {**arguments, **_columns(along, missing[:1])})
+                one = self._run(method, (), {**arguments, **_columns(arguments, along, missing[:1])})
                 if any(_nested(leaf, len(twice)) for leaf in leaves(fresh)):
                     self.ragged.add(static)
                     return self._run(method, (), arguments)
@@ -151,12 +154,20 @@ class Memo:
             store.popitem(last=False)
 
 
+def _holds_media(value: Any) -> bool:
+    """Return whether an argument is a picture or an array: such prompts are encoded together with it."""
+    if isinstance(value, list | tuple):
+        return any(_holds_media(v) for v in value)
+    return isinstance(value, Tensor | Image.Image) or type(value).__name__ == "ndarray"
+
+
 def _column(value: Any, batch: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == batch and all(isinstance(v, str) for v in value)
 
 
-def _columns(along: list[str], rows: list[Any]) -> dict[str, list[Any]]:
-    return {name: [row[i] for row in rows] for i, name in enumerate(along)}
+def _columns(arguments: dict[str, Any], along: list[str], rows: list[Any]) -> dict[str, Any]:
+    count = {"batch_size": len(rows)} if "batch_size" in arguments else {}
+    return {**{name: [row[i] for row in rows] for i, name in enumerate(along)}, **count}
 
 
 def _length(leaf: Any) -> int | None:

@@ -350,7 +350,9 @@ class _Run:
         def watched(*args: Any, **kwargs: Any) -> Any:
             session = self.session
             if not self.iteration:
-                return self._memoised(name, forward, args, kwargs) if session.module_memo else forward(*args, **kwargs)
+                # a hook inside wants to see the activations pass (Joy): they would not
+                quiet = session.module_memo and not any(m._forward_hooks for m in module.modules())
+                return self._memoised(name, forward, args, kwargs) if quiet else forward(*args, **kwargs)
             if self.visit is not None and not self.visit.real and session.replay is not None:
                 out = session.replay[self.network_count % len(session.replay)][1]
                 self.network_count += 1
@@ -494,8 +496,9 @@ def _shadow_class(kind: type) -> type:
         "maybe_free_model_hooks": lambda self: None,
         "_execution_device": property(execution_device),
     }
-    if callable(getattr(kind, "encode_prompt", None)):
-        members["encode_prompt"] = wrap("encode_prompt", encode)
+    for name in dir(kind):
+        if name.startswith("encode_prompt") and inspect.isfunction(inspect.getattr_static(kind, name)):
+            members[name] = wrap(name, encode)
     if callable(getattr(kind, "prepare_latents", None)):
         members["prepare_latents"] = wrap("prepare_latents", prepare)
     return builtins.type(kind.__name__, (kind,), members)

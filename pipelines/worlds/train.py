@@ -1,7 +1,7 @@
 """One seeded, resumable trainer for all worlds: AdamW with a cosine, an average of the weights, a checkpoint, a bar.
 
-A world is a :class:`World`: what it builds, which parts are trained in which order (:class:`Stage`), and the loss of one
-batch drawn on the fly. Runs on the CPU or a GPU unchanged; bf16 autocast, and the mathematical attention kernel, whose
+A world is a :class:`World`: what it builds, which parts are trained in which order (:class:`Stage`), and the loss of
+one batch drawn on the fly. Runs on the CPU or a GPU unchanged; bf16 autocast, and the mathematical attention kernel, whose
 backward pass is the fast one on a CPU.
 """
 

@@ -95,7 +95,10 @@ def pixels(adapter: Adapter, cond: Inputs, steps: int) -> Tensor:
     vars(pipe)["scheduler"] = copy.copy(adapter.pipe.scheduler)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return adapter.decoder._media(pipe(**adapter._arguments(cond.rows, True, steps, "pt")))
+        out = pipe(**adapter._arguments(cond.rows, True, steps, "pt"))
+    if type(out[0]).__name__ == "ndarray":  # legacy code that knows no "pt"
+        return torch.from_numpy(out[0]).permute(0, 3, 1, 2)
+    return adapter.decoder._media(out)
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -195,7 +198,9 @@ def decoded(s: Subject) -> float:
         want = want / 2 + 0.5
     want = want.clamp(-1 if s.adapter.modality == "audio" else 0, 1)
     worst = gap(media, want)
-    assert worst < 1e-4, f"decoded media differ from the pipeline's by {worst:.2e}"
+    # where the pipeline's pixels leave torch (guardrail, numpy), they come back in 256 levels
+    limit = 1e-2 if "raw" in s.adapter.decoder.ways.values() else 1e-4
+    assert worst < limit, f"decoded media differ from the pipeline's by {worst:.2e}"
     return worst
 
 
@@ -263,7 +268,8 @@ def unchanged(s: Subject, before: dict[str, Any]) -> None:
 def batch(s: Subject) -> float:
     """(9) A batch of prompts gives what each prompt gives alone; so do several times in one call."""
     prompt, meta, _ = split(s.case.inputs)
-    second = (prompt + " on blue") if "prompt" in s.adapter.tap.accepted else prompt
+    second = prompt.replace("red", "blue") if "red" in prompt else prompt + " on blue"
+    second = second if "prompt" in s.adapter.tap.accepted else prompt
     cond = s.adapter.encode([prompt, second], [meta, meta])
     g = torch.Generator().manual_seed(5)
     x = torch.cat([s.begin(), s.begin() + 0.1 * torch.randn(s.begin().shape, generator=g)])
