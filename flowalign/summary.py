@@ -70,6 +70,7 @@ def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> 
         "seed": config.fit.seed,
         "versions": versions(),
         "commit": commit(),
+        "prompts": {str(i): p.text for i, p in enumerate(run.job.exam.prompts)},
         "config": flatten(to_dict(config)),
     }
     if after is not None:
