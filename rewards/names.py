@@ -57,6 +57,7 @@ REWARDS: dict[str, str] = {
     "promptecho": _HERE + "promptecho:PromptEcho",
     "rewarddance": _HERE + "rewarddance:RewardDance",
     "si-sdr": _HERE + "audio_signal:SISDR",
+    "remote": _HERE + "remote:RemoteReward",
     "smoothness": _HERE + "quality:Smoothness",
     "spatial": _HERE + "spatial:Spatial",
     "trained": _HERE + "training:Trained",
