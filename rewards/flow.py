@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FlowFunction", "Raft", "look_up", "pixel_grid", "video_flow"]
+__all__ = ["FlowFunction", "Raft", "flow_by_name", "look_up", "pixel_grid", "video_flow"]
 
 FlowFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,6 +108,15 @@ class Raft(nn.Module):
             out = self.net(*frames, num_flow_updates=self.updates)[-1]
             out = F.interpolate(out, (h, w), mode="bilinear", align_corners=False)
         return out * out.new_tensor([w / size[1], h / size[0]])[None, :, None, None]
+
+
+def flow_by_name(weights: str) -> FlowFunction:
+    """Return the flow function that a reward's ``weights`` name: "lucas-kanade" needs none, all else is RAFT's."""
+    if weights == "lucas-kanade":
+        from flowalign.rewards.lucas_kanade import LucasKanade
+
+        return LucasKanade()
+    return Raft(weights)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

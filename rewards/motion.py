@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge
-from flowalign.rewards.flow import FlowFunction, Raft, video_flow
+from flowalign.rewards.flow import FlowFunction, flow_by_name, video_flow
 
 __all__ = ["DynamicDegree", "MotionSmoothness"]
 
@@ -32,7 +32,8 @@ class MotionSmoothness(Judge):
     """Share of the motion that neither starts, stops nor turns within two frames.
 
     Args:
-        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`; not used where ``flow`` is given.
+        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`, or "lucas-kanade" for a flow that
+            needs none; not used where ``flow`` is given.
         flow: any other flow function.
         floor: mean speed in pixels per frame below which motion counts as noise of the flow (ε per pixel).
     """
@@ -50,7 +51,7 @@ class MotionSmoothness(Judge):
 
     def __init__(self, weights: str = "download", *, flow: FlowFunction | None = None, floor: float = 1e-3) -> None:
         super().__init__()
-        self.flow = Raft(weights) if flow is None else flow
+        self.flow = flow_by_name(weights) if flow is None else flow
         self.floor = floor
         self.freeze()
 
@@ -71,7 +72,8 @@ class DynamicDegree(Judge):
     """Speed of the fastest pixels: what a video loses when a model learns to stand still.
 
     Args:
-        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`; not used where ``flow`` is given.
+        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`, or "lucas-kanade" for a flow that
+            needs none; not used where ``flow`` is given.
         flow: any other flow function.
         share: share of pixels that count as the fastest.
         cap: speed above which more motion earns nothing; None for no cap.
@@ -99,7 +101,7 @@ class DynamicDegree(Judge):
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"share must be in (0, 1]; got {share}.")
-        self.flow = Raft(weights) if flow is None else flow
+        self.flow = flow_by_name(weights) if flow is None else flow
         self.share = share
         self.cap = cap
         self.freeze()

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from flowalign.gaussian import work_dtype
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, field
-from flowalign.rewards.flow import FlowFunction, Raft, look_up, pixel_grid, video_flow
+from flowalign.rewards.flow import FlowFunction, flow_by_name, look_up, pixel_grid, video_flow
 
 __all__ = ["Newton", "NewtonOptions", "NewtonTerms"]
 
@@ -83,7 +83,8 @@ class Newton(Judge):
     "some constant acceleration" by that one.
 
     Args:
-        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`; not used where ``flow`` is given.
+        weights: of torchvision's RAFT, see :class:`flowalign.rewards.flow.Raft`, or "lucas-kanade" for a flow that
+            needs none; not used where ``flow`` is given.
         flow: any other flow function.
         features: maps frames ``(N, 3, H, W)`` to ``(N, C, h, w)`` whose constancy stands for mass; None: the colours.
         options: the weights and scales.
@@ -109,7 +110,7 @@ class Newton(Judge):
         options: NewtonOptions = NewtonOptions(),
     ) -> None:
         super().__init__()
-        self.flow = Raft(weights) if flow is None else flow
+        self.flow = flow_by_name(weights) if flow is None else flow
         self.features = features
         self.options = options
         self.freeze()

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from flowalign.protocols import Card, Reward
+from flowalign.rewards import load
 from flowalign.rewards.flow import Raft, look_up, pixel_grid
 from flowalign.rewards.frames import FrameReward, attenuation, segment_frames
 from flowalign.rewards.idm import ActionAgreement, InverseDynamics, InverseDynamicsConfig
+from flowalign.rewards.lucas_kanade import LucasKanade
 from flowalign.rewards.motion import DynamicDegree, MotionSmoothness
 from flowalign.rewards.newton import Newton, NewtonOptions
 
@@ -143,6 +145,36 @@ def test_raft_plumbing(tmp_path):
         assert torch.equal(raft(a, b), flow)
     newton = Newton(flow=raft)
     assert newton(torch.rand(1, 4, 3, 40, 40), [""]).shape == (1,)
+
+
+def test_lucas_kanade_finds_the_flow_of_a_texture():
+    """A smooth random texture moved by known amounts, also by more than the finest level could follow."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 16, 16, generator=g)
+    big = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic", align_corners=True).clamp(0, 1)
+    for u, v in [(0.0, 0.0), (1.0, -2.0), (4.0, 3.0)]:
+        at = pixel_grid(big) - torch.tensor([u, v])[None, :, None, None]
+        moved, _ = look_up(big, at)
+        flow = LucasKanade()(big, moved)[..., 12:-12, 12:-12]
+        assert (flow - torch.tensor([u, v])[None, :, None, None]).abs().mean() < 0.1
+    plain = torch.full((1, 3, 20, 30), 0.4)
+    assert LucasKanade()(plain, plain).abs().max() == 0
+    big.requires_grad_()
+    LucasKanade(levels=2, steps=2)(big, moved.detach()).sum().backward()
+    assert torch.isfinite(big.grad).all() and big.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="levels and steps"):
+        LucasKanade(levels=0)
+
+
+@pytest.mark.parametrize(("name", "start", "speed", "acceleration"), drawn.CASES[::3])
+def test_with_flow_seen_in_the_pixels_the_truth_still_wins(name, start, speed, acceleration):
+    """No analytic flow: Lucas-Kanade looks at the frames. What changes its speed or vanishes still loses."""
+    true, wrong = clip(ballistic(start, speed, acceleration)), drawn.corrupted(start, speed, acceleration)
+    wrong.pop("grows")  # a disc that grows by 0.4 pixels a frame is within this flow's error of the truth
+    clips = [true, *wrong.values()]
+    scores = load("newton@lucas-kanade")(batch(clips), [""] * len(clips))
+    for kind, score in zip(wrong, scores[1:], strict=True):
+        assert score < scores[0] - 0.02, f"{name}: {kind} scores {score:.3f}, the truth {scores[0]:.3f}"
 
 
 def test_look_up_reads_where_the_matter_went():
