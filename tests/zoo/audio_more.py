@@ -26,8 +26,12 @@ ACE: dict[str, Any] = {
 POOL: dict[str, Any] = {"audio_acoustic_hidden_dim": 8, "pool_window_size": 2, "num_attention_pooler_hidden_layers": 1}
 
 
-def ace_step() -> dict[str, Any]:
-    """Return the components of AceStep: the noise sits beside a source and a mask, 8 channels each."""
+def ace_step(turbo: bool) -> dict[str, Any]:
+    """Return the components of AceStep: the noise sits beside a source and a mask, 8 channels each.
+
+    Args:
+        turbo: Whether guidance is distilled; if not, it keeps a momentum from step to step.
+    """
     tokens = AceStepAudioTokenizer(**ACE, **POOL, fsq_dim=16, fsq_input_levels=[4, 4, 4])
     condition = AceStepConditionEncoder(
         **ACE,
@@ -37,7 +41,7 @@ def ace_step() -> dict[str, Any]:
         num_timbre_encoder_hidden_layers=1,
     )
     net = diffusers.AceStepTransformer1DModel(
-        **ACE, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, patch_size=2
+        **ACE, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, patch_size=2, is_turbo=turbo
     )
     return {
         "text_encoder": decoder("Qwen3"),
@@ -131,13 +135,17 @@ def tone(samples: int) -> torch.Tensor:
     return torch.stack([t.sin(), (1.5 * t).sin()])[None]
 
 
+SONG = {"prompt": "a bell", "lyrics": "one two three", "audio_duration": 0.5}
+
 BUILDERS: dict[str, Builder] = {
-    "AceStep": lambda: make(
+    "AceStep": lambda: make("AceStep", ace_step(turbo=True), SONG, "audio", "ace_step"),
+    "AceStep_guided": lambda: make(
         "AceStep",
-        ace_step(),
-        {"prompt": "a bell", "lyrics": "one two three", "audio_duration": 0.5, "guidance_scale": 4.0},
+        ace_step(turbo=False),
+        SONG | {"guidance_scale": 4.0},
         "audio",
         "ace_step",
+        notes="guidance keeps a momentum from step to step",
     ),
     "StableAudio3": lambda: third("", {"negative_prompt": "noise", "guidance_scale": 4.0}),
     "StableAudio3AudioToAudio": lambda: third("AudioToAudio", {"audio": tone(32), "init_noise_level": 0.8}),

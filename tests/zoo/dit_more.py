@@ -163,7 +163,6 @@ def hidream() -> dict[str, Any]:
         axes_dims_rope=(4, 2, 2),
         max_resolution=(32, 32),
         llama_layers=[0, 1],
-        force_inference_output=True,
     )
     long = {"max_position_embeddings": 224}
     return {
@@ -183,7 +182,8 @@ def hidream() -> dict[str, Any]:
 
 def small_hidream() -> Case:
     """Return HiDream; the pipeline enlarges every picture to its default area, which is made small here."""
-    case = make("HiDreamImage", hidream(), CFG, "image", "hidream")
+    notes = "the experts run under no_grad unless the transformer is in training mode"
+    case = make("HiDreamImage", hidream(), CFG, "image", "hidream", notes=notes)
     case.pipe.default_sample_size = 8
     return case
 

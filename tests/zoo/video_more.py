@@ -37,6 +37,7 @@ def allegro() -> dict[str, Any]:
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16
     )
     vae.enable_tiling()
+    vae.kernel = vae.stride = (8, 16, 16)  # one tile is the clip; by default it would be larger, and nothing decoded
     solver = diffusers.EulerAncestralDiscreteScheduler(**BETAS)
     return {**t5_side(), "vae": vae, "transformer": net, "scheduler": solver}
 
