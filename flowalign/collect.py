@@ -52,6 +52,8 @@ class Collector:
     def sample(self, draw: Draw, judge: Bound, iteration: int, tape: Tape | None = None) -> Trajectory:
         """Roll out a draw."""
         r = self.recipe
+        for learner in r.learners:
+            learner.enter(draw.prompts)
         noise = Noise(mix(self.seed, iteration), draw.keys)
         times = r.grid(self.pipeline.times(self.steps))
         samples = torch.tensor([r.roots(n) for n in draw.samples.tolist()])

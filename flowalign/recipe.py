@@ -7,7 +7,7 @@ A paper is a small file in ``flowalign/methods`` that returns one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,8 +35,20 @@ T = TypeVar("T")
 class Learner(Stateful):
     """Something that learns beside the policy from the same experience: value net, discriminator, ψ(t), a window."""
 
+    def before(self, collector: Any, source: Any, options: Any) -> None:
+        """Prepare once before the first iteration of a new run (calibration, choice of an exit step).
+
+        Args:
+            collector: samples and judges (:class:`flowalign.collect.Collector`).
+            source: of prompts.
+            options: :class:`flowalign.options.FitOptions`.
+        """
+
+    def enter(self, prompts: Sequence[str]) -> None:
+        """Hear which prompts the rows of the coming rollout are."""
+
     def observe(self, experience: Experience) -> dict[str, float]:
-        """Learn; return metrics."""
+        """Learn from an iteration; return metrics."""
         return {}
 
 

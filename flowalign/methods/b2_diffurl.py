@@ -1,8 +1,8 @@
 """B²-DiffuRL: backward progressive training on branched samples (Hu et al. 2503.11240).
 
-Train the last steps of the chain first and let the trained tail grow towards the noise; at the start of the tail every sample
-branches into siblings that share their past, so their rewards differ by the tail alone. Of the siblings the best and worst are
-trained, where they stand out by half a standard deviation of the recent rewards.
+Train the last steps of the chain first and let the trained tail grow towards the noise; at the start of the tail every
+sample branches into siblings that share their past, so their rewards differ by the tail alone. Of the siblings the best
+and worst are trained, where they stand out by half a standard deviation of the recent rewards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowalign.credit import Credit, Levels, group_mean
+from flowalign.credit import Credit, Levels
 from flowalign.experience import Experience
 from flowalign.kernels import Ancestral
 from flowalign.laws import Ddim
@@ -29,7 +29,9 @@ __all__ = ["B2DiffuRL", "Siblings"]
 
 
 class Siblings(Credit):
-    """Advantages within a branch: +1-ish for the best sibling, -1-ish for the worst, 0 for the rest and for dull branches.
+    """Advantages within a branch.
+
+    The best sibling is pulled up and the worst pushed down; the rest, and branches that do not stand out, get nothing.
 
     Args:
         window: the tail; its first level is where siblings part.
@@ -131,9 +133,3 @@ class B2DiffuRL(Training):
                 note="shapes-vp: all weights.",
             ),
         }
-
-
-def branch_mean(values: Tensor, parent: Tensor) -> Tensor:
-    """Return each sample's mean over its siblings."""
-    _, index = parent.unique(return_inverse=True)
-    return group_mean(values, index, int(index.max()) + 1)[index]

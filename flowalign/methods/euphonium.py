@@ -4,16 +4,16 @@
     training   log-density of the guided sample under the *unguided* mean
     credit     PPO(A_outcome) + PPO(A_process,k):  A_process from V_φ(x_{k+1}) in the group at each step
 
-V_φ is the toolkit's latent value network, learnt from the same rollouts. With scale 0 and process weight 0 this is DanceGRPO
-bit for bit. ``scale`` multiplies the gradient added to the mean; the kernel's proposal adds std² times what a guide gives, so
-the guide gives ``scale / std² · ∇V``.
+V_φ is the toolkit's latent value network, learnt from the same rollouts. With scale 0 and process weight 0 this is
+DanceGRPO bit for bit. ``scale`` multiplies the gradient added to the mean; the kernel's proposal adds std² times what a
+guide gives, so the guide gives ``scale / std² · ∇V``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -142,6 +142,3 @@ class Euphonium(Training):
                 note="shapes: all weights.",
             ),
         }
-
-
-Binder = Any

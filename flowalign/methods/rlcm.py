@@ -2,8 +2,8 @@
 
     x_s ~ N( α_s f_θ(x_t, t), σ_s² )        all noise of a step is fresh; the last step, into data, draws none
 
-Loss: PPO's clip, or REBEL (2404.16767): regress the difference of log-ratios of two samples of a group on the difference of
-their advantages, ``((Δ log ρ)/η - ΔA)²``.
+Loss: PPO's clip, or REBEL (2404.16767): regress the difference of log-ratios of two samples of a group on the
+difference of their advantages, ``((Δ log ρ)/η - ΔA)²``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from flowalign.credit import Group, Normalise
@@ -82,7 +81,9 @@ class RLCM(Training):
         return {
             "published": Preset(
                 cls(),
-                FitOptions(iterations=100, groups=16, size=16, steps=8, batch=8, accumulate=0, lr=1e-4, max_grad_norm=5.0),
+                FitOptions(
+                    iterations=100, groups=16, size=16, steps=8, batch=8, accumulate=0, lr=1e-4, max_grad_norm=5.0
+                ),
                 Lora(rank=8, alpha=8),
                 note="LCM_Dreamshaper_v7, guidance 8. Not run here.",
             ),
@@ -94,8 +95,3 @@ class RLCM(Training):
                 note="shapes-turbo: all weights.",
             ),
         }
-
-
-def pairs_of(n: int) -> Tensor:
-    """Return the partner of each sample in REBEL's ring."""
-    return torch.arange(n).roll(1)

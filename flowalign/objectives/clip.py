@@ -43,6 +43,9 @@ class Clip(Objective):
         ratio: see the module.
         kl: β.
         kl_scale: see the module.
+        reach: widens the clip range with the advantage, ``ε (1 + reach · min(|A|, 1))`` (Dynamic-TreeRPO's
+            reward-conditioned range; the paper's constants are not public).
+        supervised: weight of ``‖x̂0 - target‖²`` where the batch carries targets (LayerTuning-RL).
     """
 
     wants: ClassVar[Wants] = "transitions"
@@ -54,9 +57,12 @@ class Clip(Objective):
         ratio: Ratio = "per_dim",
         kl: float = 0.0,
         kl_scale: KlScale = "flow_grpo",
+        reach: float = 0.0,
+        supervised: float = 0.0,
     ) -> None:
         super().__init__()
         self.kernel, self.ratio, self.kl, self.kl_scale = kernel, ratio, kl, kl_scale
+        self.reach, self.supervised = reach, supervised
         self.epsilon = (epsilon, epsilon) if isinstance(epsilon, float) else epsilon
         if self.epsilon is not None and not (0 < self.epsilon[0] < 1 and self.epsilon[1] > 0):
             raise ValueError(f"the clip range must lie in (0, 1); got {epsilon}. None switches clipping off.")
@@ -74,20 +80,30 @@ class Clip(Objective):
         log_ratio = self.log_ratio(law, batch)
         ratio = log_ratio.exp()
         assert batch.weight is not None
-        gain = batch.weight.to(ratio) * ratio
-        clipped = gain
-        if self.epsilon is not None:
-            low, high = self.epsilon
-            clipped = batch.weight.to(ratio) * ratio.clamp(1 - low, 1 + high)
-        loss = -torch.minimum(gain, clipped)
+        # one column per credit (outcome, process): their clipped losses are added, not their advantages
+        loss = self.surrogate(ratio, batch.weight.to(ratio).reshape(len(batch), -1)).sum(1)
         if self.ratio == "guard":
             loss = loss / (batch.t - batch.s).to(loss)
         terms, metrics = {"policy": loss.mean()}, self._metrics(ratio)
+        if self.supervised and batch.target is not None:
+            pull = sum_dims((posterior.x0 - batch.target.to(posterior.x0)) ** 2) / batch.x[0].numel()
+            # a sample that is already good needs the teacher less: the weight falls from 1 to 0 with its advantage
+            need = torch.sigmoid(-batch.weight.to(pull).reshape(len(batch), -1).mean(1))
+            terms["supervised"] = self.supervised * (need * pull).mean()
         if self.kl:
             kl = self._kl(policy, posterior, law, batch, known)
             terms["kl"] = self.kl * kl.mean()
             metrics["kl"] = summary(kl)
         return Losses(terms, metrics)
+
+    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
+        """Return ``max(-A ρ, -A clip(ρ))``, ``(M, C)``, of ratios ``(M,)`` and advantages ``(M, C)``."""
+        gain = advantage * ratio[:, None]
+        if self.epsilon is None:
+            return -gain
+        widen = 1 + self.reach * advantage.abs().clamp_max(1.0)
+        low, high = self.epsilon[0] * widen, self.epsilon[1] * widen
+        return -torch.minimum(gain, advantage * torch.minimum(torch.maximum(ratio[:, None], 1 - low), 1 + high))
 
     def log_ratio(self, law: Gaussian, batch: Transitions) -> Tensor:
         """Return the logarithm of what this method calls the ratio, ``(M,)``."""

@@ -1,0 +1,159 @@
+"""Moving windows of stochastic, trained steps: a named state that follows the iterations.
+
+MixGRPO (2507.21802) slides a window of 4 steps from noise to data, one step every 25 iterations, and starts again at
+the end; Flow-GRPO-Fast draws its window anew each iteration from the early half; G²RPO steps through single levels;
+B²-DiffuRL lets the trained tail grow. One window for a whole iteration: drawn per request it would collapse training.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.experience import Experience
+from flowalign.noise import NoiseSource, mix
+from flowalign.recipe import Learner
+from flowalign.selection.base import Chosen, Selection
+
+__all__ = ["BranchAt", "Cycle", "Growing", "Random", "Sliding", "Window"]
+
+
+class Window(Learner):
+    """Levels ``[first, last)`` that draw noise and are trained; ``window(t, s)`` says whether a step is inside.
+
+    Args:
+        times: ``(K + 1,)`` of the sampler.
+    """
+
+    def __init__(self, times: Tensor) -> None:
+        self.grid = torch.as_tensor(times, dtype=torch.float64).tolist()
+        self.iteration = 0
+
+    @property
+    @abstractmethod
+    def bounds(self) -> tuple[int, int]:
+        """First level, and the one after the last."""
+
+    def __call__(self, t: float, s: float) -> bool:
+        """Return whether the step from t starts inside; times may have passed through float32."""
+        level = min(range(len(self.grid)), key=lambda k: abs(self.grid[k] - t))
+        first, last = self.bounds
+        return first <= level < last
+
+    def trained(self, level: int, t: float, s: float) -> bool:
+        """Return whether a level is inside, for ``Recipe.trained``."""
+        first, last = self.bounds
+        return first <= level < last
+
+    def observe(self, experience: Experience) -> dict[str, float]:
+        """Move on by one iteration."""
+        first, last = self.bounds
+        self.iteration += 1
+        return {"window/first": float(first), "window/last": float(last)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the iteration that the window is at."""
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.iteration = int(state["iteration"])
+
+    def check(self, width: int) -> None:
+        """Refuse a window that does not fit the sampler.
+
+        Raises:
+            ValueError: for a width below 1 or above the number of steps.
+        """
+        steps = len(self.grid) - 1
+        if not 1 <= width <= steps:
+            raise ValueError(f"a window of {width} steps does not fit a sampler of {steps}; use 1 to {steps}.")
+
+
+class Sliding(Window):
+    """Moves by ``stride`` every ``period`` iterations from the noisy end to ``stop``, then starts again."""
+
+    def __init__(
+        self, times: Tensor, width: int = 4, stride: int = 1, period: int = 25, stop: int | None = None
+    ) -> None:
+        super().__init__(times)
+        self.check(width)
+        self.width, self.stride, self.period = width, stride, period
+        self.places = max(1, ((len(self.grid) - 1 if stop is None else stop) - width) // stride + 1)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The window of this iteration."""
+        first = (self.iteration // self.period) % self.places * self.stride
+        return first, first + self.width
+
+
+class Random(Window):
+    """A contiguous window whose start is uniform in ``[0, stop - width]``, a function of (seed, iteration)."""
+
+    def __init__(self, times: Tensor, width: int = 2, stop: int | None = None, seed: int = 0) -> None:
+        super().__init__(times)
+        self.check(width)
+        self.width, self.seed = width, seed
+        end = (len(self.grid) - 1) // 2 if stop is None else stop
+        self.places = max(1, end - width + 1)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The window of this iteration."""
+        first = mix(self.seed, self.iteration, 7) % self.places
+        return first, first + self.width
+
+
+class Cycle(Window):
+    """One level at a time, in turn (G²RPO's ``eta_step_list``)."""
+
+    def __init__(self, times: Tensor, levels: Sequence[int]) -> None:
+        super().__init__(times)
+        bad = [k for k in levels if not 0 <= k < len(self.grid) - 1]
+        if bad or not levels:
+            raise ValueError(f"levels must lie in 0 to {len(self.grid) - 2}; got {list(levels)}.")
+        self.levels = tuple(levels)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The level of this iteration."""
+        k = self.levels[self.iteration % len(self.levels)]
+        return k, k + 1
+
+
+class Growing(Window):
+    """The last steps of the sampler, ever more: from ``low`` to ``high`` over ``stages`` of ``period`` iterations."""
+
+    def __init__(self, times: Tensor, low: int, high: int, stages: int = 100, period: int = 1) -> None:
+        super().__init__(times)
+        self.check(low)
+        self.check(high)
+        self.low, self.high, self.stages, self.period = low, high, stages, period
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The tail of this iteration."""
+        done = min(1.0, self.iteration / (self.stages * self.period))
+        width = round(self.low + (self.high - self.low) * done)
+        return len(self.grid) - 1 - width, len(self.grid) - 1
+
+
+class BranchAt(Selection):
+    """Every node has ``width`` children at the first level of a moving window."""
+
+    def __init__(self, window: Window, width: int) -> None:
+        if width < 2:
+            raise ValueError(f"a branch needs at least 2 children; got {width}.")
+        self.window, self.width = window, width
+
+    def __call__(self, level: int, log_w: Tensor, row: Tensor, n_rows: int, noise: NoiseSource) -> Chosen | None:
+        """Repeat each node at the window's first level."""
+        if level != self.window.bounds[0]:
+            return None
+        parents = torch.arange(len(row)).repeat_interleave(self.width)
+        return Chosen(parents, log_w.repeat_interleave(self.width), log_w.new_zeros(n_rows))
