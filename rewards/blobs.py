@@ -67,8 +67,14 @@ class Blobs:
     stray: Tensor
 
 
-def measure(images: Tensor) -> Blobs:
-    """Measure pictures ``(B, 3, H, W)`` in [0, 1]; the ground is each picture's median colour."""
+def measure(images: Tensor, purity: float = math.inf) -> Blobs:
+    """Measure pictures ``(B, 3, H, W)`` in [0, 1]; the ground is each picture's median colour.
+
+    Args:
+        images: the pictures.
+        purity: greatest distance to its colour's segment at which a pixel still counts; small where grey things stand
+            beside the objects.
+    """
     images = images.float()
     h, w = images.shape[-2:]
     ground = images.flatten(2).median(2).values[:, :, None, None]
@@ -77,7 +83,7 @@ def measure(images: Tensor) -> Blobs:
     a = ((offset * span).sum(2) / span.square().sum(2)).clamp(0, 1)
     away = (offset - a[:, :, None] * span).square().sum(2)
     nearest = F.one_hot(away.argmin(1), len(COLOURS)).movedim(-1, 1)
-    a = a * nearest
+    a = a * nearest * (away.amin(1, keepdim=True).sqrt() <= purity)
     # a dim or bright object is an object: full coverage is what its brightest pixels show
     peak = a.flatten(2).topk(6).values.mean(-1).clamp_min(0.5)
     a = (a / peak[..., None, None]).clamp(max=1)

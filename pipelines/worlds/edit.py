@@ -194,7 +194,7 @@ WORLD = World(
     build=build,
     stages=(
         Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1200, lr=3e-3, after=set_scale, decay=0.995),
-        Stage("flow", denoisers, edit_loss, 4500, lr=1.5e-3),
+        Stage("flow", denoisers, edit_loss, 4000, lr=1.5e-3),
     ),
 )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
@@ -84,13 +84,15 @@ def train(
     torch.manual_seed(seed)
     pipe = world.build().to(device)
     folder = out.parent / f"{world.name}.checkpoints"
-    log: dict[str, Any] = {"seed": seed, "device": device, "torch": torch.__version__, "stages": {}}
+    log: dict[str, Any] = {"seed": seed, "device": device, "torch": str(torch.__version__), "stages": {}}
     done = -1
     state = None
     if resume and (path := checkpoint.latest(folder)) is not None:
         state = checkpoint.load(path)
         done, log = state["stage"] - 1, state["log"]
         _load(pipe, state["components"])
+        for k, config in state.get("configs", {}).items():
+            pipe.components[k].register_to_config(**config)
     for i, stage in enumerate(world.stages):
         if i <= done:
             continue
@@ -103,7 +105,11 @@ def train(
                 "seconds": seconds + time.perf_counter() - start,
             }
             number = i * 1_000_000 + inner.get("step", 0)
-            checkpoint.save(folder, number, {"stage": i, "log": log, "components": _components(pipe), "inner": inner})
+            checkpoint.save(
+                folder,
+                number,
+                {"stage": i, "log": log, "components": _components(pipe), "configs": _configs(pipe), "inner": inner},
+            )
 
         inner = state["inner"] if state is not None and state["stage"] == i else None
         last = _run(pipe, stage, steps, mixed(seed, i), device, inner, save)
@@ -113,7 +119,8 @@ def train(
             "loss": round(last, 5),
         }
         state = None
-        checkpoint.save(folder, (i + 1) * 1_000_000, {"stage": i + 1, "log": log, "components": _components(pipe)})
+        finished = {"stage": i + 1, "log": log, "components": _components(pipe), "configs": _configs(pipe)}
+        checkpoint.save(folder, (i + 1) * 1_000_000, finished)
     pipe.to("cpu", torch.float32)
     pipe.save_pretrained(out, safe_serialization=True)
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
@@ -127,6 +134,13 @@ def mixed(seed: int, stage: int) -> int:
 
 def _components(pipe: Any) -> dict[str, dict[str, Tensor]]:
     return {k: m.state_dict() for k, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def _configs(pipe: Any) -> dict[str, dict[str, float]]:
+    """Return what a stage may have written into the autoencoder's configuration: the scale of its latents."""
+    keys = ("shift_factor", "scaling_factor")
+    found = {k: m.config for k, m in pipe.components.items() if isinstance(m, ConfigMixin) and isinstance(m, nn.Module)}
+    return {k: {x: c[x] for x in keys if c.get(x) is not None} for k, c in found.items() if any(x in c for x in keys)}
 
 
 def _load(pipe: Any, state: dict[str, dict[str, Tensor]]) -> None:
