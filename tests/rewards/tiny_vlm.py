@@ -41,41 +41,49 @@ def shake(model, std=0.15):
             torch.nn.init.normal_(p, std=std)
 
 
-def qwen2_vl(folder, seed=0):
-    """A Qwen2-VL checkpoint: 14-pixel patches, 2x2 merging, 3-dimensional rotary positions."""
-    from transformers import (
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )  # fmt: skip
+def qwen(folder, config_class, model_class, processor_class, vision, seed=0):
+    """A checkpoint of the Qwen2-VL line: 14-pixel patches, 2x2 merging, 3-dimensional rotary positions."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     torch.manual_seed(seed)
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tok = tokenizer(special, eos_token="<|im_end|>")
     tok.image_token, tok.video_token = "<|image_pad|>", "<|video_pad|>"
     ids = {t: tok.convert_tokens_to_ids(t) for t in special}
-    config = Qwen2VLConfig(
+    config = config_class(
         text_config=dict(
             vocab_size=len(tok) + 4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
             pad_token_id=0, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"},
         ),
-        vision_config=dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=14),
+        vision_config=dict(depth=2, num_heads=2, patch_size=14, **vision),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )  # fmt: skip
-    model = Qwen2VLForConditionalGeneration(config)
+    model = model_class(config)
     shake(model)
     model.save_pretrained(folder)
-    Qwen2VLProcessor(
+    processor_class(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}),
         video_processor=Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56}),
         tokenizer=tok, chat_template=QWEN_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def qwen2_vl(folder, seed=0):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    vision = dict(embed_dim=16, hidden_size=32, mlp_ratio=2)
+    return qwen(folder, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, vision, seed)
+
+
+def qwen25_vl(folder, seed=0):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+    vision = dict(hidden_size=16, out_hidden_size=32, intermediate_size=24, fullatt_block_indexes=[1], window_size=28)
+    return qwen(folder, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, vision, seed)
 
 
 def llava(folder, seed=0):
@@ -106,4 +114,4 @@ def llava(folder, seed=0):
     return folder
 
 
-FAMILIES = {"qwen2-vl": qwen2_vl, "llava": llava}
+FAMILIES = {"qwen2-vl": qwen2_vl, "qwen2.5-vl": qwen25_vl, "llava": llava}
