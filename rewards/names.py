@@ -4,7 +4,7 @@
 
 ``name`` is a key of ``REWARDS`` or a user's ``module:Class``; ``weights`` a hub id or a path, handed to the class as
 its argument ``weights``; ``weight`` a number, 1 where it is left out. A term's number is what stands after its last
-colon if that reads as a number, so ``my_module:MyReward:0.5`` works.
+colon if that reads as a number, so ``my_module:MyReward:0.5`` and ``remote@http://judge:8000:0.5`` work.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ REWARDS: dict[str, str] = {
     "ocr": _HERE + "ocr:OCR",
     "pickscore": _HERE + "pickscore:PickScore",
     "promptecho": _HERE + "promptecho:PromptEcho",
+    "remote": _HERE + "remote:RemoteReward",
     "rewarddance": _HERE + "rewarddance:RewardDance",
     "si-sdr": _HERE + "audio_signal:SISDR",
-    "remote": _HERE + "remote:RemoteReward",
     "smoothness": _HERE + "quality:Smoothness",
     "spatial": _HERE + "spatial:Spatial",
     "trained": _HERE + "training:Trained",
@@ -87,7 +87,7 @@ def parse(spec: str) -> list[Term]:
     for part in spec.split(","):
         text, weight = part.strip(), 1.0
         head, _, tail = text.rpartition(":")
-        if head and _is_number(tail):
+        if head and _is_number(tail) and not _is_port(head, tail):
             text, weight = head.strip(), float(tail)
         name, _, weights = (s.strip() for s in text.partition("@"))
         if not name or name.startswith(":") or not math.isfinite(weight):
@@ -96,6 +96,11 @@ def parse(spec: str) -> list[Term]:
             )
         terms.append(Term(name, weights or None, weight))
     return terms
+
+
+def _is_port(head: str, tail: str) -> bool:
+    """Whether ``tail`` is the port of a URL that has none yet: ``remote@http://judge:8000`` has no weight."""
+    return "://" in head and ":" not in head.partition("://")[2] and tail.isdigit()
 
 
 def _is_number(text: str) -> bool:

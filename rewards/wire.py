@@ -160,7 +160,9 @@ def _picture(text: Any, i: int, room: int) -> Tensor:
             if 3 * math.prod(image.size) > room:
                 raise Refused(f"image {i} is too large: {room // 3} pixels are left for it.", 413)
             return pil_to_tensor(image.convert("RGB"))
-    except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise Refused(f"image {i} is too large.", 413) from error
+    except (binascii.Error, UnidentifiedImageError) as error:
         raise Refused(f"image {i} is not a PNG in base64.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, Refused):
