@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,8 @@ class Facts:
     Attributes:
         judge: strict reward, the truth that accuracies are reported by.
         layouts: ``module:function`` that names arrangements; "" for none.
-        train: prompt set to learn from.
+        train: prompt set to learn from; ``focus`` is the train split with seven prompts of the focus to one other.
+        focus: category that has room to improve.
         check: set that recipes are chosen on.
         report: set that figures are reported on.
         call: arguments of the pipeline's call at its best.
@@ -46,7 +47,8 @@ class Facts:
 
     judge: str
     layouts: str = ""
-    train: str = "train"
+    train: str = "focus"
+    focus: str = "count"
     check: str = "select"
     report: str = "report"
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -147,6 +149,25 @@ def build(config: RunConfig) -> Job:
         _layouts(config, facts),
         run_context(config.precision, device),
     )  # fmt: skip
+
+
+def resolve_world(config: RunConfig) -> RunConfig:
+    """Spell out what the demo world of a configuration brings, so that its pipeline can be replaced by a saved one."""
+    facts = WORLDS.get(config.pipeline)
+    if facts is None:
+        return config
+    e = config.evaluation
+    rewards = ", ".join(filter(None, (facts.judge, e.rewards)))
+    spelled = replace(
+        e, prompts=_set(e.prompts, config, facts, "report"), rewards=rewards, layouts=e.layouts or facts.layouts or None,
+        check_prompts=_set(e.check_prompts, config, facts, "check"),
+    )  # fmt: skip
+    return replace(
+        config,
+        prompts=_set(config.prompts, config, facts, "train"),
+        evaluation=spelled,
+        call={**facts.call, **config.call},
+    )
 
 
 def _set(given: str | None, config: RunConfig, facts: Facts | None, which: str) -> str:
@@ -278,12 +299,24 @@ def world_prompts(world: str, name: str) -> list[Prompt]:
     from flowalign.pipelines import worlds
 
     folder = Path(worlds.__file__).parent / "prompts"
+    if name == "focus":
+        return _focus(read_prompts(str(folder / "train.jsonl")), WORLDS[world].focus)
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        raise ValueError(
-            f"world {world} has no prompt set {name!r}; it has {sorted(p.stem for p in folder.glob('*.jsonl'))}."
-        )
+        known = ["focus", *sorted(p.stem for p in folder.glob("*.jsonl"))]
+        raise ValueError(f"world {world} has no prompt set {name!r}; it has {', '.join(known)}.")
     return read_prompts(str(path))
+
+
+def _focus(prompts: Sequence[Prompt], focus: str, share: int = 7) -> list[Prompt]:
+    """Return prompts of which ``share`` in ``share + 1`` are of one category, the others evenly of the other ones."""
+    mine = [p for p in prompts if p.meta.get("category") == focus]
+    kinds = list(dict.fromkeys(p.meta.get("category") for p in prompts if p.meta.get("category") != focus))
+    rest = [[p for p in prompts if p.meta.get("category") == k] for k in kinds]
+    others = [p for depth in range(max(map(len, rest))) for r in rest for p in r[depth : depth + 1]]
+    times = -(-share * len(others) // len(mine)) if len(others) < len(mine) else share
+    wanted = -(-times * len(mine) // share)
+    return mine * times + others[:wanted]
 
 
 def _function(path: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flowalign.methods import METHODS, names, nearest, resolve
 
-__all__ = ["main"]
+__all__ = ["flag", "main", "parse", "say", "take"]
 
 HELP = """flowalign: align diffusion and flow-matching generators with reward models.
 
@@ -98,8 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+def say(text: str) -> None:
+    """Print: the one place beside this file's own where the package writes to the terminal."""
+    print(text)
+
+
 # -- reading options -------------------------------------------------------------------------------------------------
-def _take(args: list[str], option: str, default: str | None = None) -> str | None:
+def take(args: list[str], option: str, default: str | None = None) -> str | None:
     """Remove ``option VALUE`` or ``option=VALUE`` and return the value."""
     for i, a in enumerate(args):
         if a == option:
@@ -114,7 +119,7 @@ def _take(args: list[str], option: str, default: str | None = None) -> str | Non
     return default
 
 
-def _flag(args: list[str], option: str) -> bool:
+def flag(args: list[str], option: str) -> bool:
     """Remove a flag and return whether it was there."""
     found = option in args
     args[:] = [a for a in args if a != option]
@@ -132,7 +137,8 @@ def _method_name(args: list[str], kind: str) -> str | None:
     return name
 
 
-def _parse(kind: Any, args: list[str], default: Any, prog: str) -> Any:
+def parse(kind: Any, args: list[str], default: Any, prog: str) -> Any:
+    """Read the fields of a dataclass; exits with 2 for unknown options, naming the nearest."""
     import tyro
 
     shown = tyro.conf.AvoidSubcommands[kind]
@@ -162,8 +168,8 @@ def _train_config(args: list[str], kind: type) -> tuple[Any, bool, bool]:
     from flowalign.prepare import Lora
 
     name = _method_name(args, "training")
-    file, preset = _take(args, "--config"), _take(args, "--preset", "demo") or "demo"
-    resume, quiet, full, lora = (_flag(args, o) for o in ("--resume", "--quiet", "--full", "--lora"))
+    file, preset = take(args, "--config"), take(args, "--preset", "demo") or "demo"
+    resume, quiet, full, lora = (flag(args, o) for o in ("--resume", "--quiet", "--full", "--lora"))
     for i, a in enumerate(args):
         head, equals, tail = a.partition("=")
         args[i] = SHORT.get(head, head) + equals + tail
@@ -185,7 +191,7 @@ def _train_config(args: list[str], kind: type) -> tuple[Any, bool, bool]:
         base = replace(base, lora=None)
     elif lora or any(a.startswith("--lora.") for a in args):
         base = replace(base, lora=base.lora or Lora())
-    return _parse(kind, args, base, f"flowalign train {base.method.name}"), resume, quiet
+    return parse(kind, args, base, f"flowalign train {base.method.name}"), resume, quiet
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -218,9 +224,9 @@ def steer(args: list[str]) -> None:
     name = _method_name(args, "steering")
     if name is None:
         raise ValueError(f"name a method: {', '.join(names('steering'))}.")
-    preset = preset_of(resolve(name), _take(args, "--preset", "demo") or "demo")
+    preset = preset_of(resolve(name), take(args, "--preset", "demo") or "demo")
     base = SteerConfig(preset.method, samples=preset.fit.size, steps=preset.fit.steps, guidance=preset.guidance)
-    config = _parse(SteerConfig, args, base, f"flowalign steer {name}")
+    config = parse(SteerConfig, args, base, f"flowalign steer {name}")
     s = run(config)
     print(f"reward of the results {s['reward_of_results']:.4f}, of all candidates {s['reward_of_candidates']:.4f}; "
           f"{s['ledger']['evaluations']:.0f} network evaluations\n{config.folder}")  # fmt: skip
@@ -230,7 +236,7 @@ def demo(args: list[str]) -> None:
     """``flowalign demo``."""
     from flowalign.demo import DemoOptions, run
 
-    run(_parse(DemoOptions, args, DemoOptions(), "flowalign demo"))
+    run(parse(DemoOptions, args, DemoOptions(), "flowalign demo"))
 
 
 def report(args: list[str]) -> None:
@@ -238,7 +244,7 @@ def report(args: list[str]) -> None:
     from flowalign.folder import Folder
     from flowalign.report import write_report
 
-    output = _take(args, "--output")
+    output = take(args, "--output")
     if not args or args[0] in ("-h", "--help"):
         print("usage: flowalign report FOLDER [FOLDER ...] [--output FILE.html]")
         return
@@ -309,7 +315,7 @@ def score(args: list[str]) -> None:
         print("usage: flowalign score REWARD FILES... [--prompt TEXT] [--device NAME] [--json]")
         return
     cut = next((i for i, a in enumerate(args) if a.startswith("--")), len(args))
-    options = _parse(ScoreOptions, args[cut:], ScoreOptions(), "flowalign score REWARD FILES...")
+    options = parse(ScoreOptions, args[cut:], ScoreOptions(), "flowalign score REWARD FILES...")
     if cut < 2:
         raise ValueError("name a reward and at least one file: flowalign score REWARD FILES...")
     for line in run(args[0], [Path(a) for a in args[1:cut]], options.prompt, options.device):

@@ -46,7 +46,8 @@ class Evaluation:
         seed: of the noises.
         every: iterations between checks while training; 0 for none.
         check: images of a check in all.
-        check_prompts: prompts of a check; the selection set of a world, or the held-out prompts, when None.
+        check_prompts: prompts of a check; the selection set of a world, or the training prompts, when None.
+        base: a before.pt of another run with the same pipeline and evaluation, to save the time of making it again.
     """
 
     prompts: str | None = None
@@ -60,6 +61,7 @@ class Evaluation:
     every: int = 0
     check: int = 200
     check_prompts: str | None = None
+    base: Path | None = None
 
     def __post_init__(self) -> None:
         for name, low in {"images": 1, "batch": 1, "every": 0, "check": 1}.items():
@@ -87,6 +89,7 @@ class RunConfig:
         chunk: samples per forward pass where memory is short; None for all at once.
         evaluation: before and after.
         trackers: what else metrics go to: tensorboard, wandb, trackio.
+        max_wall: seconds of training and its checks by the clock, after which the run ends; None for no limit.
         permute: shuffle rewards inside each group: the control that must not learn.
         keep_images: pictures kept for the report, per category.
     """
@@ -106,8 +109,9 @@ class RunConfig:
     chunk: int | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     trackers: tuple[str, ...] = ("tensorboard",)
+    max_wall: float | None = None
     permute: bool = False
-    keep_images: int = 24
+    keep_images: int = 48
 
     @property
     def folder(self) -> Path:

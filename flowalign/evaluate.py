@@ -13,8 +13,8 @@ cut to the same number of correct images for each prompt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from flowalign.protocols import Pipeline
 from flowalign.rollout import rollout
 from flowalign.scorer import Scorer
 from flowalign.source import Prompt, text_key
+from flowalign.trajectory import ranks
 
 __all__ = ["Comparison", "Exam", "Outcome", "compare", "drift", "effective_layouts", "examine"]
 
@@ -59,6 +60,12 @@ class Exam:
     def categories(self) -> list[str]:
         """The categories in order of appearance; ``all`` where prompts name none."""
         return list(dict.fromkeys(category(p) for p in self.prompts))
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What must agree for two outcomes to be comparable."""
+        texts = [p.text for p in self.prompts]
+        return {"prompts": mix(*map(text_key, texts)), "images": self.images, "steps": self.steps, "seed": self.seed}
 
     def rows(self) -> Tensor:
         """Return the prompt of every image, category by category, a prompt's images together, ``(N,)``."""
@@ -104,6 +111,11 @@ class Outcome:
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values."""
         return dict(vars(self))
+
+    @classmethod
+    def recall(cls, state: Mapping[str, Any]) -> Outcome:
+        """Return the outcome of :meth:`state_dict`; further keys are left out."""
+        return cls(**{f.name: state[f.name] for f in fields(cls)})
 
 
 def category(prompt: Prompt) -> str:
@@ -176,7 +188,12 @@ def _first(names: list[str], name: str, keep: int, row: Tensor) -> list[int]:
 def _chunks(
     pipeline: Pipeline, policy: Policy, scorer: Scorer, exam: Exam, row: Tensor, kernel: Kernel
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-    """Yield indices, clean states, media and scores of batches; each image's noise depends on its own number alone."""
+    """Yield indices, clean states, media and scores of batches.
+
+    An image's noise depends on its prompt and its number among that prompt's images, not on the batch or on how many
+    images are asked for: a smaller exam sees the first of the same ones.
+    """
+    slot = ranks(row)
     for index in torch.arange(len(row)).split(exam.batch):
         chosen = row[index].unique().tolist()
         prompts = [exam.prompts[r] for r in chosen]
@@ -184,7 +201,8 @@ def _chunks(
         judge = scorer.bind(pipeline.encode(texts, meta), texts, meta)
         local = torch.tensor([chosen.index(r) for r in row[index].tolist()])
         keys = tuple(
-            mix(text_key(exam.prompts[r].text), i) for i, r in zip(index.tolist(), row[index].tolist(), strict=True)
+            mix(text_key(exam.prompts[r].text), n)
+            for r, n in zip(row[index].tolist(), slot[index].tolist(), strict=True)
         )
         times = pipeline.times(exam.steps)
         start = enter(pipeline, judge.cond, local, _PerImage(exam.seed, keys), float(times[0]))

@@ -28,6 +28,7 @@ BUDGETS = (
     "fit.max_seconds",
     "fit.max_evaluations",
     "fit.checkpoint_every",
+    "max_wall",
     "output",
     "trackers",
     "device",

@@ -62,7 +62,7 @@ def figure(
     shown = {k: v for k, v in shown.items() if v}
     if not shown:
         return ""
-    columns = min(3, len(shown))
+    columns = 3  # always, so that one and two panels are no larger than three
     rows = math.ceil(len(shown) / columns)
     fig = Figure(figsize=(4.1 * columns, 2.75 * rows), dpi=160, layout="constrained")
     FigureCanvasAgg(fig)

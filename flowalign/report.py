@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowalign.config import to_dict
 from flowalign.evaluate import Outcome
 from flowalign.folder import Folder
@@ -58,7 +56,7 @@ class Shown:
         before, after = (folder.recall(n) for n in ("before.pt", "after.pt"))
         return cls(
             label, colour, folder, folder.summary(), folder.lines("metrics.jsonl"), folder.lines("checks.jsonl"),
-            None if before is None else Outcome(**before), None if after is None else Outcome(**after), note,
+            None if before is None else Outcome.recall(before), None if after is None else Outcome.recall(after), note,
         )  # fmt: skip
 
     @property
@@ -118,9 +116,9 @@ def write_report(
 
 
 def headline(runs: Sequence[Shown]) -> str:
-    """Return the category that changed most: the one that was asked to."""
-    gains = {c: abs(v["gain"][0]) for r in runs for c, v in reversed(r.accuracy.items())}
-    return max(gains, key=lambda c: gains[c]) if gains else ""
+    """Return the category that gained most: the one that was asked to."""
+    gains = [(v["gain"][0], c) for r in runs for c, v in r.accuracy.items()]
+    return max(gains)[1] if gains else ""
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -130,8 +128,8 @@ def _sheets(runs: Sequence[Shown], main: str) -> list[dict[str, Any]]:
     if not whole or whole[0].before is None or whole[0].before.pictures.ndim < 4:
         return []
     base = whole[0].before
-    same = [r for r in whole if r.before is not None and torch.equal(r.before.row, base.row)]
-    texts = _texts(same[0])
+    texts = _texts(whole[0])
+    same = [r for r in whole if _texts(r) == texts]
     order = sorted(dict.fromkeys(base.category), key=lambda c: c != main)
     sheets = []
     for name in order:

@@ -82,11 +82,11 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     """
     run = start(config, resume)
     say = Bars(progress)
-    before = Outcome(**run.folder.remember("before.pt", lambda: _exam(run, "reference", "before", say)))
+    before = _base(run, say)
     interrupted = _learn(run, say)
     after = None
     if not interrupted:
-        after = Outcome(**run.folder.remember("after.pt", lambda: _exam(run, run.role, "after", say)))
+        after = _recall(run.folder.remember("after.pt", lambda: _exam(run, run.role, "after", say)), run.job.exam)
     with run.policy.playing(run.role):
         save_result(run.job, run.folder)
     summary = summarise(run, before, after, "interrupted" if interrupted else "done")
@@ -143,6 +143,30 @@ def _probe(job: Job, recipe: Recipe, policy: Policy) -> None:
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------
+def _base(run: Run, say: Bars) -> Outcome:
+    """Return the evaluation of the base: made once per folder, or taken from another run's."""
+    source = run.job.config.evaluation.base
+    if source is None:
+        made = run.folder.remember("before.pt", lambda: _exam(run, "reference", "before", say))
+    else:
+        made = run.folder.remember("before.pt", lambda: torch.load(source, weights_only=True))
+    return _recall(made, run.job.exam)
+
+
+def _recall(state: dict[str, Any], exam: Exam) -> Outcome:
+    """Return an outcome that was kept.
+
+    Raises:
+        ValueError: if it is of another exam.
+    """
+    if state["mark"] != exam.mark:
+        raise ValueError(
+            f"the evaluation kept in the file is of {state['mark']}, and this run asks for {exam.mark}: they cannot be "
+            "paired. Leave evaluation.base out, or set prompts, images, steps and seed alike."
+        )
+    return Outcome.recall(state)
+
+
 def _exam(run: Run, role: str, name: str, say: Bars) -> dict[str, Any]:
     exam, began = run.job.exam, time.perf_counter()
     with say.bar(len(exam.rows()), f"evaluate {name}") as tick:
@@ -150,7 +174,7 @@ def _exam(run: Run, role: str, name: str, say: Bars) -> dict[str, Any]:
             run.job.judged, run.other, run.job.judge, exam, role=role, layouts=run.job.layouts, progress=tick
         )
     run.seconds[f"evaluate_{name}"] = time.perf_counter() - began
-    return outcome.state_dict()
+    return outcome.state_dict() | {"mark": exam.mark}
 
 
 def measure_drift(run: Run, exam: Exam, base: Outcome, role: str, limit: int = 64) -> float:
@@ -174,7 +198,7 @@ class Checker:
     def __init__(self, run: Run) -> None:
         self.run, self.exam = run, run.job.check
         if self.exam is not None:
-            self.base = Outcome(**run.folder.remember("check.pt", lambda: self._look("reference").state_dict()))
+            self.base = Outcome.recall(run.folder.remember("check.pt", lambda: self._look("reference").state_dict()))
             if not run.folder.lines("checks.jsonl"):
                 self.write(0, self.base, "reference")
 
@@ -215,7 +239,13 @@ def _learn(run: Run, say: Bars) -> bool:
     place = run.folder.path / CHECKPOINTS
     checker = Checker(run)
     at = _catch_up(run, place, checker)
-    with trackers(run) as log, patience() as asked:
+    with trackers(run) as log, patience() as interrupted:
+        began = time.perf_counter()
+
+        def asked() -> bool:
+            late = config.max_wall is not None and time.perf_counter() - began >= config.max_wall
+            return late or interrupted()
+
         stream = fit(
             run.job.pipeline, run.job.scorer, run.job.source, run.recipe, o, policy=run.policy,
             parameters=run.parameters, folder=place, resume=True, stop=asked,
@@ -226,7 +256,7 @@ def _learn(run: Run, say: Bars) -> bool:
                 log(metrics)
                 checker(int(metrics["iteration"]))
                 tick(1, {"reward": metrics.get("reward", float("nan"))})
-        return asked()
+        return interrupted()
 
 
 def _catch_up(run: Run, place: Path, checker: Checker) -> int:

@@ -11,7 +11,7 @@ penalty towards the base decides how many different pictures survive: see the de
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -91,5 +91,9 @@ class DiffusionNFT(Training):
                 guidance=False,
                 note="SD3.5-M: 10 steps, no guidance, one optimiser step per rollout. Not run here.",
             ),
+            "hacked": Preset(
+                replace(shared, kl=0.0), fit, None, guidance=False,
+                note="shapes, without the penalty: the largest gain and one layout per prompt. Not to be followed.",
+            ),
             "demo": Preset(shared, fit, None, guidance=False, note="shapes: all weights, penalty towards the base."),
-        }
+        }  # fmt: skip

@@ -1,0 +1,261 @@
+"""``flowalign demo``: two methods side by side on the little world, and what hacking looks like, in twelve minutes.
+
+    1   the base model is judged once, while DiffusionNFT without its penalty shows the collapse on the other core
+    2   Flow-GRPO and DiffusionNFT train at the same time, one core each, until the time that is left is used up
+    3   both are judged on the same prompts and noises as the base; a table, and one report of all three
+
+Every run is an ordinary ``flowalign train`` in a process of its own, with a folder that can be looked at, resumed or
+compared; nothing here is special but the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flowalign.folder import Folder
+
+__all__ = ["DemoOptions", "run", "verdict"]
+
+MINUTES = {"quick": 0.5, "short": 12.0, "full": 60.0}
+GAIN, OTHER_GAIN, FULL_GAIN, KEPT, HARM = 0.10, 0.04, 0.25, 0.80, -0.03
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The demo.
+
+    Attributes:
+        full: an hour instead of twelve minutes.
+        quick: half a minute, to see that everything runs; the figures mean nothing.
+        seed: of the training.
+        output: folder of all runs.
+        control: a further run whose rewards are permuted inside their groups and teach nothing; takes longer.
+        minutes: total time, in place of 12 or 60.
+        images: held-out images per category.
+        options: further options of ``flowalign train`` for every run, e.g. a pipeline of your own.
+    """
+
+    full: bool = False
+    quick: bool = False
+    seed: int = 0
+    output: Path = Path("runs/demo")
+    control: bool = False
+    minutes: float | None = None
+    images: int = 1000
+    options: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        kind = "quick" if self.quick else "full" if self.full else "short"
+        return 60.0 * (self.minutes or MINUTES[kind])
+
+
+@dataclass
+class Child:
+    """A training run in a process of its own."""
+
+    name: str
+    folder: Folder
+    process: subprocess.Popen[bytes]
+    seconds: float
+    began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def start(cls, name: str, method: str, options: DemoOptions, seconds: float, *more: str) -> Child:
+        """Start ``flowalign train`` with one thread."""
+        folder = Folder(options.output / name)
+        command = [sys.executable, "-m", "flowalign", "train", method, "--output", str(folder.path), "--quiet"]
+        command += ["--max-wall", f"{seconds:.0f}", "--seed", str(options.seed), "--iterations", "1000000"]
+        command += [*more, *options.options]
+        log = (options.output / f"{name}.log").open("wb")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return cls(name, folder, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), seconds)
+
+    def state(self) -> tuple[float, str]:
+        """Return the seconds of training so far and a word on it."""
+        lines = self.folder.lines("metrics.jsonl")
+        if not lines:
+            return 0.0, "starting"
+        last = lines[-1]
+        spent = sum(v for k, v in last.items() if k.startswith("ledger/seconds/"))
+        return min(spent, self.seconds), f"reward {last.get('reward', float('nan')):.3f}"
+
+    def check(self) -> None:
+        """Raise if the process has failed.
+
+        Raises:
+            RuntimeError: with the end of its log.
+        """
+        if self.process.poll() not in (None, 0):
+            log = self.folder.path.parent / f"{self.name}.log"
+            tail = log.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"the run {self.name} failed with code {self.process.returncode}; {log} ends:\n{tail}")
+
+
+def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
+    """Do the demo and return its verdict.
+
+    Raises:
+        ValueError: if the folder holds a demo already.
+        RuntimeError: if one of the runs fails.
+    """
+    from flowalign.cli import say
+
+    began = time.perf_counter()
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise ValueError(
+            f"{options.output} is not empty: choose another folder with --output or delete it; nothing was overwritten."
+        )
+    options.output.mkdir(parents=True, exist_ok=True)
+    judged, more = _base(options, progress)
+    left = options.total - (time.perf_counter() - began) - 1.2 * judged - 15
+    seconds = max(left, 5.0)
+    runs = [Child.start(m, m, options, seconds, *more) for m in ("flow-grpo", "diffusion-nft")]
+    wait(runs, progress)
+    labels = ["Flow-GRPO", "DiffusionNFT", "DiffusionNFT, no penalty"]
+    folders = [*(r.folder for r in runs), Folder(options.output / "hacked")]
+    if options.control:
+        control = Child.start("control", "diffusion-nft", options, seconds, *more, "--permute")
+        wait([control], progress)
+        folders.append(control.folder)
+        labels.append("control: permuted rewards")
+    found = verdict({n: f.summary() for n, f in zip(labels, folders, strict=True)}, options.full)
+    found["seconds"] = time.perf_counter() - began
+    (options.output / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    path = _report(options, folders, labels, found)
+    say(_table(labels, found) + f"\n\n{path}")
+    return found
+
+
+def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
+    """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
+    share = min(75.0, options.total / 10)
+    every = ["--evaluation.every", "8" if not options.full else "25", "--evaluation.images", str(options.images)]
+    few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5))]
+    hacked = Child.start("hacked", "diffusion-nft", options, share, "--preset", "hacked", *few)
+    base = Folder(options.output / "base")
+    command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *every[2:]]
+    log = (options.output / "base.log").open("wb")
+    judge = Child("base", base, subprocess.Popen(
+        [*command, *options.options], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ), 0.0)  # fmt: skip
+    wait([hacked, judge], progress)
+    seconds = float(base.summary()["seconds"]["evaluate_before"])
+    return seconds, [*every, "--evaluation.base", str(base.path / "before.pt")]
+
+
+def wait(children: Sequence[Child], progress: bool) -> None:
+    """Show bars until all are done; one that fails ends the others.
+
+    Raises:
+        RuntimeError: see :meth:`Child.check`.
+    """
+    from tqdm.auto import tqdm
+
+    bars = {
+        c.name: tqdm(total=round(c.seconds) or None, desc=f"{c.name:16}", disable=not progress, position=i, leave=True,
+                     bar_format="{desc} {bar:30} {n:.0f}/{total_fmt} s  {postfix}")
+        for i, c in enumerate(children)
+    }  # fmt: skip
+    try:
+        while any(c.process.poll() is None for c in children):
+            for c in children:
+                c.check()
+                _move(bars[c.name], c)
+            time.sleep(0.5)
+        for c in children:
+            c.check()
+    except BaseException:
+        for c in children:
+            if c.process.poll() is None:
+                c.process.terminate()
+        raise
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def _move(bar: Any, child: Child) -> None:
+    if child.process.poll() is not None:
+        bar.set_postfix_str("done", refresh=False)
+    elif child.seconds:
+        done, word = child.state()
+        bar.n = done
+        late = time.perf_counter() - child.began > child.seconds + 20
+        bar.set_postfix_str("judging" if late and done > 0.7 * child.seconds else word, refresh=False)
+    else:
+        bar.set_postfix_str("judging", refresh=False)
+    bar.refresh()
+
+
+# -- what came of it -------------------------------------------------------------------------------------------------
+def verdict(summaries: dict[str, dict[str, Any]], full: bool = False) -> dict[str, Any]:
+    """Hold the figures of the two methods against what the demo promises.
+
+    Returns:
+        Per run the gain, its standard error and the layouts kept; ``promises``: what is asked → whether it holds.
+    """
+    first = next(iter(summaries.values()))["accuracy"]
+    focus = max(first, key=lambda c: max(s["accuracy"][c]["gain"][0] for s in summaries.values()))
+    figures = {name: _figures(s, focus) for name, s in summaries.items()}
+    two = sorted(list(figures.values())[:2], key=lambda f: -f["gain"][0])
+    need = FULL_GAIN if full else GAIN
+    promises = {
+        f"the better gains {100 * need:.0f} points and five standard errors": two[0]["gain"][0] >= need
+        and two[0]["gain"][0] > 5 * two[0]["gain"][1],
+        f"the other gains {100 * OTHER_GAIN:.0f} points": two[1]["gain"][0] >= OTHER_GAIN,
+        f"both keep {KEPT:.0%} of the layouts": all((f["layouts_kept"] or 0) >= KEPT for f in two),
+        f"no other category falls by more than {-100 * HARM:.0f} points": all(f["worst_other"] >= HARM for f in two),
+    }
+    return {"focus": focus, "runs": figures, "promises": promises}
+
+
+def _figures(summary: dict[str, Any], focus: str) -> dict[str, Any]:
+    accuracy = summary["accuracy"]
+    return {
+        "gain": accuracy[focus]["gain"],
+        "layouts_kept": accuracy[focus]["layouts_kept"],
+        "worst_other": min((v["gain"][0] for c, v in accuracy.items() if c != focus), default=0.0),
+        "drift": summary["drift"],
+        "trained_seconds": summary["trained_seconds"],
+        "evaluations": summary["evaluations"],
+    }
+
+
+def _table(labels: Sequence[str], found: dict[str, Any]) -> str:
+    head = (
+        f"\n{'':28}{'gain on ' + found['focus']:>18}{'± s.e.':>8}{'layouts kept':>14}{'worst other':>13}{'seconds':>9}"
+    )
+    lines = [head]
+    for label in labels:
+        f = found["runs"][label]
+        kept = "-" if f["layouts_kept"] is None else f"{f['layouts_kept']:.0%}"
+        lines.append(
+            f"{label:28}{100 * f['gain'][0]:+18.1f}{100 * f['gain'][1]:8.1f}{kept:>14}{100 * f['worst_other']:+13.1f}"
+            f"{f['trained_seconds']:9.0f}"
+        )
+    lines += [""] + [f"  {'yes' if ok else 'NO ':3}  {what}" for what, ok in found["promises"].items()]
+    return "\n".join([*lines, f"\n{found['seconds']:.0f} s in all"])
+
+
+def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[str], found: dict[str, Any]) -> Path:
+    from flowalign.report import write_report
+
+    notes = ["", "", "What hacking looks like: the largest gain, and hardly a layout left.", "Must not gain."]
+    words = (
+        "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
+        "without the penalty that holds it to the base. Compare the last columns: accuracy alone rewards collapse."
+    )
+    return write_report(
+        folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],
+        title="The demo: alignment, and what hacking looks like", words=words,
+    )  # fmt: skip
