@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from flowalign import checkpoint
+from flowalign.pipelines.worlds import store
 
 __all__ = ["Stage", "World", "train"]
 
@@ -95,6 +96,8 @@ def train(
             pipe.components[k].register_to_config(**config)
     for i, stage in enumerate(world.stages):
         if i <= done:
+            if stage.after is not None:  # what it sets (a scale in a config) is in no state_dict
+                stage.after(pipe, torch.Generator(device).manual_seed(mixed(seed, i)))
             continue
         start, seconds = time.perf_counter(), log["stages"].get(stage.name, {}).get("seconds", 0.0)
         steps = max(1, round(stage.steps * shorten))
@@ -111,7 +114,7 @@ def train(
                 {"stage": i, "log": log, "components": _components(pipe), "configs": _configs(pipe), "inner": inner},
             )
 
-        inner = state["inner"] if state is not None and state["stage"] == i else None
+        inner = state.get("inner") if state is not None and state["stage"] == i else None
         last = _run(pipe, stage, steps, mixed(seed, i), device, inner, save)
         log["stages"][stage.name] = {
             "steps": steps,
@@ -121,8 +124,7 @@ def train(
         state = None
         finished = {"stage": i + 1, "log": log, "components": _components(pipe), "configs": _configs(pipe)}
         checkpoint.save(folder, (i + 1) * 1_000_000, finished)
-    pipe.to("cpu", torch.float32)
-    pipe.save_pretrained(out, safe_serialization=True)
+    store.save(pipe, out)
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
     return pipe
 
