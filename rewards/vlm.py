@@ -1,8 +1,8 @@
 """Frozen vision-language models as judges: what probability do they give to these words after seeing this picture?
 
-One door to any image-text model of transformers (Qwen2-VL and later, LLaVA, Gemma 3, InternVL, SmolVLM, ...): the
-model's own processor lays out the conversation and the pixels, fed with tensors so that gradients reach them. Three
-things are put right on the way:
+One door to the image-text models of transformers (tested: Qwen2-VL, 2.5 and 3, LLaVA, Gemma 3; no family has code of
+its own). The model's own processor lays out the conversation and the pixels, fed with tensors so that gradients reach
+them. Three things are put right on the way:
 
 * the processor's resize overshoots on float pixels where the published byte path clips: it is clipped straight through;
 * the last layer runs in float32 whatever the model's dtype is: bfloat16 logits near 20 are 0.125 apart;
@@ -144,8 +144,14 @@ class VisionLanguage(nn.Module):
         Rows past the end of a shorter answer are meaningless.
 
         Raises:
-            ValueError: where conversation and answer exceed the model's context; nothing is cut silently.
+            ValueError: where conversation and answer exceed the model's context (nothing is cut silently), or pictures
+                want a gradient that the processor stops.
         """
+        if not self.differentiable and any(x.requires_grad for p in pictures for x in p):
+            raise ValueError(
+                f"{type(self.processor.image_processor).__name__} stops gradients, so this model can score pictures but "
+                "not train by backpropagation. Detach them, or take a model whose processor is written in torch."
+            )
         batch = self.layout([[x.to(self.device, torch.float32) for x in p] for p in pictures], questions)
         rows, starts = _append(batch, answers, self.tokenizer.pad_token_id)
         longest = max(len(a) for a in answers)

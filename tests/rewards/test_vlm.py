@@ -59,8 +59,9 @@ def reference_log_probs(folder, images, question, answer):
     start = batch["input_ids"].shape[1]
     batch["input_ids"] = torch.cat((batch["input_ids"], ids), 1)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    if "mm_token_type_ids" in batch:
-        batch["mm_token_type_ids"] = torch.cat((batch["mm_token_type_ids"], torch.zeros_like(ids)), 1)
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in batch:
+            batch[key] = torch.cat((batch[key], torch.zeros_like(ids)), 1)
     logits = model(**batch).logits[0].double()
     logs = logits.log_softmax(-1)
     return torch.stack([logs[start - 1 + j, t] for j, t in enumerate(ids[0])]), logs[start - 1]
@@ -96,6 +97,19 @@ def test_promptecho_equals_its_formula(folder, vlm):
         assert scores[i].item() == pytest.approx(tokens.mean().item(), abs=2e-3)
         assert abs(scores[i].item() - tokens.sum().item()) > 1  # a sum would be a different reward
     assert scores.std() > 0.01
+
+
+@pytest.mark.parametrize("name", tiny_vlm.MORE)
+def test_further_families_need_no_code_of_their_own(name, tmp_path):
+    tiny_vlm.MORE[name](tmp_path)
+    echo = PromptEcho(tmp_path, dtype=torch.float32)
+    x = pictures(3, 32, 32).mul(255).round().div(255).requires_grad_()
+    scores = echo(x, PROMPTS[:3])
+    for i in range(3):
+        tokens, _ = reference_log_probs(tmp_path, [pil(x[i].detach())], "Describe this image in detail.", PROMPTS[i])
+        assert scores[i].item() == pytest.approx(tokens.mean().item(), abs=2e-3)
+    (grad,) = torch.autograd.grad(scores.sum(), x)
+    assert (grad.flatten(1).abs().sum(1) > 0).all()
 
 
 def test_vqa_equals_its_formula(folder, vlm):
@@ -189,6 +203,17 @@ def test_gradients_reach_the_pixels(vlm):
             )
         assert ((up - down) / (2 * step)).item() == pytest.approx(grad.norm().item(), rel=0.05)
         assert not any(p.requires_grad for p in judge.parameters())
+
+
+def test_a_processor_that_stops_gradients_is_noticed(folder):
+    vlm = VisionLanguage(folder, dtype=torch.float32)
+    resize = vlm.processor.image_processor.resize
+    vlm.processor.image_processor.resize = lambda *a, **k: resize(*a, **k).detach()
+    vlm.differentiable = vlm._probe()
+    assert not vlm.differentiable
+    assert PromptEcho(vlm)(pictures(1), PROMPTS[:1]).isfinite().all()
+    with pytest.raises(ValueError, match="stops gradients"):
+        PromptEcho(vlm)(pictures(1).requires_grad_(), PROMPTS[:1])
 
 
 def test_the_last_layer_is_float32_whatever_surrounds_it(folder, vlm):

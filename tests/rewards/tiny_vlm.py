@@ -114,4 +114,74 @@ def llava(folder, seed=0):
     return folder
 
 
+def qwen3_vl(folder, seed=0):
+    """A Qwen3-VL checkpoint: 16-pixel patches, pictures fed into several layers, interleaved rotary positions."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )  # fmt: skip
+
+    torch.manual_seed(seed)
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tok = tokenizer(special, eos_token="<|im_end|>")
+    tok.image_token, tok.video_token = "<|image_pad|>", "<|video_pad|>"
+    tok.vision_start_token, tok.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    ids = {t: tok.convert_tokens_to_ids(t) for t in special}
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tok) + 4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+            rope_scaling={"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=16, out_hidden_size=32,
+            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(config)
+    shake(model)
+    model.save_pretrained(folder)
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}),
+        video_processor=Qwen3VLVideoProcessor(), tokenizer=tok, chat_template=QWEN_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def gemma3(folder, seed=0):
+    """A Gemma 3 checkpoint: SigLIP tower, pictures attended to in both directions."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
+
+    torch.manual_seed(seed)
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    special = ["<bos>", "<eos>", *names.values()]
+    tok = tokenizer(special, eos_token="<eos>", bos_token="<bos>", extra_special_tokens=names)
+    begin, end, soft = (tok.convert_tokens_to_ids(t) for t in names.values())
+    config = Gemma3Config(
+        text_config=dict(
+            vocab_size=len(tok) + 4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        ),
+        vision_config=dict(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+            patch_size=8,
+        ),
+        mm_tokens_per_image=4, image_token_index=soft, boi_token_index=begin, eoi_token_index=end,
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config)
+    shake(model)
+    model.save_pretrained(folder)
+    Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size={"height": 32, "width": 32}), tokenizer=tok, image_seq_length=4,
+        chat_template=LLAVA_TEMPLATE.replace("<image>\n", "<start_of_image>"),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 FAMILIES = {"qwen2-vl": qwen2_vl, "qwen2.5-vl": qwen25_vl, "llava": llava}
+MORE = {"qwen3-vl": qwen3_vl, "gemma-3": gemma3}
