@@ -149,7 +149,7 @@ class VisionLanguage(nn.Module):
         """
         if not self.differentiable and any(x.requires_grad for p in pictures for x in p):
             raise ValueError(
-                f"{type(self.processor.image_processor).__name__} stops gradients, so this model can score pictures but "
+                f"{type(self.processor.image_processor).__name__} stops gradients: this model can score pictures but "
                 "not train by backpropagation. Detach them, or take a model whose processor is written in torch."
             )
         batch = self.layout([[x.to(self.device, torch.float32) for x in p] for p in pictures], questions)
