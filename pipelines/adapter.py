@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.pipelines import lora
 from flowalign.pipelines.condition import Inputs, Row, call_arguments
@@ -29,6 +30,7 @@ from flowalign.pipelines.convention import Convention, convention
 from flowalign.pipelines.decode import Decoder
 from flowalign.pipelines.grid import Grid
 from flowalign.pipelines.memo import Memo
+from flowalign.pipelines.memory import Setting, setting
 from flowalign.pipelines.plan import Plan, learn
 from flowalign.pipelines.tap import Session, Tap, Visit
 from flowalign.pipelines.verdict import Verdict, examine
@@ -39,6 +41,12 @@ __all__ = ["Adapter"]
 
 log = logging.getLogger("flowalign")
 PROBE_STEPS = 2
+KERNELS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash_sdpa": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 NETWORKS = ("transformer", "unet", "prior", "decoder", "model", "dit")
 
 
@@ -85,6 +93,8 @@ class Adapter:
         self.per_sample: dict[Any, bool] = {}
         self.batches: dict[Any, bool] = {}
         self.decoder = Decoder(self)
+        self.sdpa: str | None = None
+        self.setting: Setting | None = None
         self.pending = check
         self.verdict = Verdict(type(pipe).__name__, "not tried", reason="the self-test was switched off")
 
@@ -322,6 +332,7 @@ class Adapter:
             ValueError: for states of another shape, or a condition of another length.
         """
         self._check(x, cond)
+        self._same_setting()
         raw, mean, seen = self._evaluate(x, t, cond)
         if "pred_original_sample" in self._plan(cond).echoed:  # Cosmos 1 hands its x0 to step()
             return replace(self.process.posterior(seen, t, x0=mean), output=raw)
@@ -487,12 +498,44 @@ class Adapter:
             arguments |= self._unguided()
         return {k: v for k, v in arguments.items() if k in accepted}
 
+    def forget_setting(self) -> None:
+        """Allow another precision or attention backend from here on; densities of earlier rollouts no longer apply."""
+        self.setting = None
+
+    def relearn(self) -> None:
+        """Forget everything that was learnt of the pipeline, e.g. after its precision has changed."""
+        for known in (self.plans, self.grids, self.starts, self.per_sample, self.batches):
+            known.clear()
+        self.memo.forget()
+        self.decoder = Decoder(self)
+
+    def free_encoders(self) -> list[str]:
+        """Move the encoders to the CPU; they come back for the length of a call when a new prompt is encoded."""
+        names = [k for k in self.tap.modules() if k.startswith(("text_encoder", "image_encoder"))]
+        for name in names:
+            self.tap.freed[name] = self.tap.modules()[name].to("cpu")
+        return names
+
+    def _same_setting(self) -> None:
+        now = setting(next(iter(self.experts.values())), self.sdpa)
+        if self.setting is None:
+            self.setting = now
+        elif self.setting != now:
+            raise RuntimeError(
+                f"the network ran as {self.setting} before and would now run as {now}: densities of a rollout and of an "
+                "update would differ, and the ratio would not be 1. Use the same autocast, precision and attention backend "
+                "in both, or call forget_setting() if that is meant."
+            )
+
     def _run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
         session.batch = len(rows)
         by_prompt = "encode_prompt" in vars(self.tap.shadow_class) and "prior" not in vars(self.pipe)
         session.module_memo = bool(rows[0].kind) or not by_prompt
         arguments = self._arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
-        return self.tap.call(arguments, session)
+        if self.sdpa is None:
+            return self.tap.call(arguments, session)
+        with sdpa_kernel(KERNELS[self.sdpa]):
+            return self.tap.call(arguments, session)
 
     def _unguided(self) -> dict[str, Any]:
         """Return the arguments that switch the guidance rule off; embedded guidance is the network's own and stays."""

@@ -85,9 +85,24 @@ class Decoder:
                 else:
                     parts.append(self._decode(piece, rows))
         media = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._finite(media, x)
         if frames is not None:
             media = media[:, torch.as_tensor(list(frames), device=media.device)]
         return media
+
+    def _finite(self, media: Tensor, x: Tensor) -> None:
+        """Refuse what a half-precision autoencoder has overflowed on; looked at where that costs no synchronisation."""
+        modules = self.adapter.tap.modules()
+        name = next((n for n in AUTOENCODERS if n in modules), None)
+        dtype = None if name is None else next(modules[name].parameters()).dtype
+        if media.device.type != "cpu" and dtype != torch.float16:
+            return
+        if bool(torch.isfinite(media).all()) or not bool(torch.isfinite(x).all()):
+            return
+        raise ValueError(
+            f"decoding finite states gave {int((~torch.isfinite(media)).sum())} values that are not finite: the autoencoder "
+            f"of {type(self.adapter.pipe).__name__} overflows in {dtype}. Decode in float32: pipe.{name}.to(torch.float32)."
+        )
 
     def _decode(self, x: Tensor, cond: Inputs) -> Tensor:
         key = (cond.rows[0].kind, cond.guided)

@@ -72,7 +72,8 @@ def add(
             _inject(network, config, name)
             for parameter in network.parameters():
                 if parameter.requires_grad:  # half-precision LoRA weights do not train: keep them in float32
-                    parameter.data = parameter.data.float()
+                    if parameter.dtype in (torch.float16, torch.bfloat16):
+                        parameter.data = parameter.data.float()
                     found.append(parameter)
     return found
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Memo:
         self.several: dict[Any, bool] = {}
         self.ragged: set[Any] = set()
         self.runs = 0
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def forget(self) -> None:
         """Drop everything, e.g. after an encoder has changed."""
@@ -145,7 +147,7 @@ class Memo:
 
     def _run(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.runs += 1
-        with torch.no_grad():
+        with torch.no_grad(), self.around():
             return method(*unshared(args), **unshared(kwargs))  # some templates are written into the caller's list
 
     def _store(self, store: OrderedDict[Any, Any], key: Any, value: Any) -> None:

@@ -136,6 +136,23 @@ class Tap:
         self.accepted = frozenset(self.signature.parameters) - {"self"}
         self.shadow_class = _shadow_class(type(pipe))
         self.device: tuple[Any, Any] | None = None
+        self.freed: dict[str, nn.Module] = {}
+        memo.around = self.awake
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Bring freed encoders to the device of the others for the length of an encoding."""
+        if not self.freed:
+            yield
+            return
+        there = next(p.device for k, m in self.modules().items() if k not in self.freed for p in m.parameters())
+        for module in self.freed.values():
+            module.to(there)
+        try:
+            yield
+        finally:
+            for module in self.freed.values():
+                module.to("cpu")
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the pipeline's networks by component name."""
@@ -482,11 +499,11 @@ def _shadow_class(kind: type) -> type:
 
     def execution_device(self: Any) -> Any:
         tap: Tap = vars(self)["_flowalign_run"].tap
-        module = next(iter(tap.modules().values()), None)
+        module = next((m for k, m in tap.modules().items() if k not in tap.freed), None)
         first = None if module is None else next(iter(module.parameters()), None)
         here = None if first is None else first.device
         if tap.device is None or tap.device[0] != here:  # the property walks all modules; ask again only if moved
-            tap.device = (here, kind._execution_device.fget(self))  # type: ignore[attr-defined]
+            tap.device = (here, here if tap.freed else kind._execution_device.fget(self))  # type: ignore[attr-defined]
         return tap.device[1]
 
     members: dict[str, Any] = {

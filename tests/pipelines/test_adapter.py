@@ -1,0 +1,288 @@
+"""The adapter beyond the contract: bad input, exceptions, guidance, times off the grid, memo, media in and out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flowalign.pipelines import load
+from flowalign.pipelines.verdict import stock
+from tests.pipelines.contract import fingerprint, gap, split, subject
+from tests.zoo import build
+
+
+def wrap(name, check=False, **more):
+    case = build(name)
+    case.pipe.set_progress_bar_config(disable=True)
+    prompt, meta, call = split(case.inputs)
+    adapter = load(case.pipe, {**call, **more}, modality=case.modality, check=check)
+    return case, adapter, prompt, meta
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    return subject("StableDiffusion3")
+
+
+def test_verdict_is_given_at_wrap_time():
+    _, adapter, _, _ = wrap("StableDiffusion3", check=True)
+    assert adapter.verdict.status == "passes" and "relative to the stock call" in str(adapter.verdict)
+    _, adapter, prompt, meta = wrap("FluxKontext", check=True)
+    assert adapter.verdict.status == "not tried"  # needs a picture: tried when it comes
+    adapter.encode([prompt], [meta])
+    assert adapter.verdict.status == "passes"
+
+
+def test_verdict_warns_of_a_pipeline_that_it_cannot_follow(monkeypatch):
+    case, adapter, prompt, _ = wrap("StableDiffusion3")
+    cond = adapter.encode([prompt])
+    evaluate = type(adapter)._evaluate
+    monkeypatch.setattr(type(adapter), "_evaluate", lambda *a: tuple(1.1 * v for v in evaluate(*a)))
+    with pytest.warns(UserWarning, match="not to be trusted"):
+        assert adapter.examine(cond).status == "fails"
+
+
+def test_reload_from_a_folder(tmp_path, sd3):
+    sd3.case.pipe.save_pretrained(tmp_path)
+    again = load(tmp_path, split(sd3.case.inputs)[2], check=False)
+    cond = again.encode([split(sd3.case.inputs)[0]])
+    with torch.no_grad():
+        ours = again.posterior(sd3.begin(), sd3.times[0], cond).x0
+        assert torch.equal(ours, sd3.adapter.posterior(sd3.begin(), sd3.times[0], sd3.cond).x0)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+def test_what_is_no_pipeline(tmp_path):
+    with pytest.raises(TypeError, match="got Linear"):
+        load(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="no folder"):
+        load("./nowhere/at/all")
+
+
+def test_unknown_argument_is_named():
+    with pytest.raises(ValueError, match="takes no argument hight"):
+        load(build("StableDiffusion3").pipe, {"hight": 16})
+
+
+def test_pipeline_without_a_scheduler():
+    pipe = copy.copy(build("StableDiffusion3").pipe)
+    vars(pipe).pop("scheduler")
+    with pytest.raises(ValueError, match="no attribute `scheduler`"):
+        load(pipe)
+
+
+def test_prompts_of_unequal_kinds(sd3):
+    with pytest.raises(ValueError, match="list of strings"):
+        sd3.adapter.encode("one string")
+    with pytest.raises(ValueError, match="int"):
+        sd3.adapter.encode(["a", 3])
+    with pytest.raises(ValueError, match="one entry per prompt"):
+        sd3.adapter.encode(["a", "b"], [{}])
+    with pytest.raises(ValueError, match="same kinds of inputs"):
+        sd3.adapter.encode(["a", "b"], [{"prompt_2": "c"}, {}])
+    _, adapter, prompt, meta = wrap("FluxKontext")
+    small = {**meta, "image": meta["image"].resize((8, 8))}
+    with pytest.raises(ValueError, match="same size"):
+        adapter.encode([prompt, prompt], [meta, small])
+
+
+def test_wrong_states_and_times(sd3):
+    x = sd3.begin()
+    with pytest.raises(ValueError, match="one row per condition"):
+        sd3.adapter.posterior(torch.cat([x, x]), 0.5, sd3.cond)
+    with pytest.raises(ValueError, match="states must have shape"):
+        sd3.adapter.posterior(x[..., :4], 0.5, sd3.cond)
+    with pytest.raises(ValueError, match="at least one step"):
+        sd3.adapter.times(0)
+    with pytest.raises(ValueError, match="starts at t = 1"):
+        sd3.adapter.start(x, 0.5, sd3.cond)
+
+
+def test_lora_of_another_model(tmp_path):
+    _, adapter, _, _ = wrap("Flux")
+    adapter.add_lora(2)
+    adapter.save(tmp_path)
+    _, other, _, _ = wrap("StableDiffusion3")
+    with pytest.raises(ValueError, match="made for another model"):
+        other.load_lora(tmp_path)
+    with pytest.raises(ValueError, match="no .safetensors"):
+        other.load_lora(tmp_path / "missing")
+    with pytest.raises(ValueError, match="already has an adapter"):
+        adapter.add_lora(2)
+    with pytest.raises(ValueError, match="ends in"):
+        other.add_lora(2, targets=["nothing"])
+
+
+def test_autoencoder_that_overflows(sd3, monkeypatch):
+    monkeypatch.setattr(type(sd3.case.pipe.vae), "decode", lambda self, z, **_: (z[:, :3] * float("nan"),))
+    with pytest.raises(ValueError, match="overflows"):
+        sd3.adapter.decode(sd3.end(), sd3.cond)
+
+
+# -- the pipeline afterwards -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusionPAG", "DDIM"])
+def test_unchanged_after_an_exception_in_the_network(name):
+    s = subject(name)
+    before = fingerprint(s.case.pipe)
+    network = next(iter(s.adapter.experts.values()))
+    state = torch.random.get_rng_state()
+
+    def fail(*_):
+        raise RuntimeError("out of memory, say")
+
+    hook = network.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="say"):
+        s.adapter.posterior(s.begin(), s.times[0], s.cond)
+    hook.remove()
+    assert torch.is_grad_enabled() and torch.equal(torch.random.get_rng_state(), state)
+    after = fingerprint(s.case.pipe)
+    assert before.keys() == after.keys()
+    assert not [k for k, v in before.items() if not (v is after[k] or (not torch.is_tensor(v) and v == after[k]))]
+    _, results = stock(s.adapter, s.cond, s.steps)
+    assert torch.equal(results[-1], s.results[-1])
+
+
+def test_no_graph_is_kept(sd3):
+    import gc
+    import weakref
+
+    x = sd3.begin().clone().requires_grad_()
+    p = sd3.adapter.posterior(x, sd3.times[1], sd3.cond)
+    ghost = weakref.ref(p.x0.grad_fn)
+    del p
+    gc.collect()
+    assert ghost() is None
+
+
+# -- what the network is asked -----------------------------------------------------------------------------------
+def test_guidance_off_is_the_bare_network(sd3):
+    """Guidance is linear in its scale here, so scale w: guided = bare + (w - 1)(bare - unconditional)."""
+    x, t = sd3.begin(), sd3.times[1]
+    calls = []
+    network = sd3.adapter.denoiser
+    hook = network.register_forward_pre_hook(lambda m, a, k: calls.append(k["hidden_states"].shape[0]), with_kwargs=True)
+    with torch.no_grad():
+        bare = sd3.adapter.posterior(x, t, sd3.cond.bare())
+        calls.clear()
+        again = sd3.adapter.posterior(x, t, sd3.cond.bare())
+        assert calls == [1] and torch.equal(bare.x0, again.x0)
+        guided = sd3.adapter.posterior(x, t, sd3.cond)
+        assert calls == [1, 2] and not torch.allclose(bare.x0, guided.x0)
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusionXL", "StableDiffusion", "ZImage"])
+def test_several_times_in_one_batch(name):
+    """Times on and off the grid, mixed: each row must be what it is alone."""
+    s = subject(name)
+    inside = 0.5 * (s.times[0] + s.times[1])
+    times = torch.tensor([s.times[0], inside, s.times[1]], dtype=torch.float64)
+    prompts = ["a red circle", "two squares", "a blue circle"]
+    cond = s.adapter.encode(prompts)
+    x = torch.randn(3, *s.adapter.shape(cond), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = s.adapter.posterior(x, times, cond).x0
+        for i in range(3):
+            alone = s.adapter.posterior(x[i : i + 1], float(times[i]), cond[torch.tensor([i])]).x0
+            assert gap(together[i : i + 1], alone) < 1e-3
+
+
+def test_posterior_is_continuous_between_grid_points(sd3):
+    x, t = sd3.begin(), sd3.times[1]
+    with torch.no_grad():
+        here = sd3.adapter.posterior(x, t, sd3.cond).x0
+        near = sd3.adapter.posterior(x, t - 1e-5, sd3.cond).x0
+        far = sd3.adapter.posterior(x, t - 1e-1, sd3.cond).x0
+    assert 0 < gap(near, here) < 1e-3 < gap(far, here)
+
+
+def test_nothing_is_encoded_twice():
+    case, adapter, _, _ = wrap("StableDiffusion3")
+    calls = []
+    for part in (case.pipe.text_encoder, case.pipe.text_encoder_2, case.pipe.text_encoder_3):
+        part.register_forward_pre_hook(lambda m, a: calls.append(type(m).__name__))
+    cond = adapter.encode(["a", "b", "c"])
+    x = torch.randn(3, *adapter.shape(cond))
+    calls.clear()
+    with torch.no_grad():
+        first = adapter.posterior(x, 0.5, cond).x0
+        mixed = torch.tensor([2, 0, 2, 1, 1])  # particles, groups, shuffled minibatches
+        again = adapter.posterior(x[mixed], 0.5, cond[mixed]).x0
+    assert not calls and gap(again, first[mixed]) < 1e-4
+    adapter.memo.forget()
+    adapter.encode(["a"])
+    assert calls
+
+
+def test_freed_encoders_come_back_for_a_new_prompt(sd3):
+    assert sd3.adapter.free_encoders() == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    cond = sd3.adapter.encode(["never seen before"])
+    assert sd3.adapter.posterior(sd3.begin(), 0.5, cond).x0.isfinite().all()
+
+
+def test_rollout_and_update_must_run_alike(sd3):
+    with torch.no_grad():
+        sd3.adapter.posterior(sd3.begin(), sd3.times[0], sd3.cond)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="ratio would not be 1"):
+            sd3.adapter.posterior(sd3.begin(), sd3.times[0], sd3.cond)
+
+
+# -- media -------------------------------------------------------------------------------------------------------
+def test_start_is_what_the_pipeline_makes_of_latents(sd3):
+    noise = torch.randn(1, *sd3.adapter.shape(sd3.cond), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(sd3.adapter.start(noise, 1.0, sd3.cond), noise)
+    s = subject("StableDiffusionXL")  # Euler: scaled by init_noise_sigma
+    noise = torch.randn(1, *s.adapter.shape(s.cond), generator=torch.Generator().manual_seed(0))
+    want = noise * s.calls[0].sample.std() / torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).std()
+    assert gap(s.adapter.start(noise, s.times[0], s.cond), want) < 1e-4
+
+
+def test_pixels_out_of_range_keep_their_gradient(sd3):
+    x = (sd3.end() * 30).clone().requires_grad_()
+    media = sd3.adapter.decode(x, sd3.cond)
+    out = (media == 0) | (media == 1)
+    assert out.float().mean() > 0.3 and media.min() >= 0 and media.max() <= 1
+    gradient = torch.autograd.grad((media * out).sum(), x)[0]
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "Flux", "Wan"])
+def test_chunks_and_checkpoints_decode_the_same(name):
+    s = subject(name)
+    cond = s.cond[torch.tensor([0, 0])]
+    x = torch.cat([s.end(), s.begin()]).requires_grad_()
+    whole = s.adapter.decode(x, cond)
+    parts = s.adapter.decode(x, cond, chunk=1, checkpoint=True)
+    assert gap(parts, whole) < 1e-5
+    a, b = (torch.autograd.grad(m.square().sum(), x)[0] for m in (whole, parts))
+    assert gap(b, a) < 1e-4
+    if s.adapter.modality == "video":
+        assert torch.equal(s.adapter.decode(s.end(), s.cond, frames=[2, 0]), s.adapter.decode(s.end(), s.cond)[:, [2, 0]])
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "Flux", "Wan", "QwenImage", "LTX"])
+def test_way_in_inverts_the_way_out(name):
+    """States of media, sent out again, reach ``vae.decode`` as exactly what ``vae.encode`` gave."""
+    s = subject(name)
+    media = s.adapter.decode(s.end(), s.cond).detach()
+    states = s.adapter.latents(media, s.cond)
+    assert states.shape == s.end().shape
+    pixels = media * 2 - 1
+    vae = s.case.pipe.vae
+    if media.ndim == 5:
+        pixels = pixels.transpose(1, 2)
+    elif vae.config.get("z_dim") is not None:
+        pixels = pixels[:, :, None]
+    seen = []
+    decode = type(vae).decode
+    vae.decode = lambda z, *a, **k: seen.append(z) or decode(vae, z, *a, **k)
+    try:
+        s.adapter.decode(states, s.cond)
+    finally:
+        del vae.decode
+    assert gap(seen[-1].reshape(-1), vae.encode(pixels).latent_dist.mode().reshape(-1)) < 1e-5
+    with pytest.raises(ValueError, match="must"):
+        s.adapter.latents(media * 3, s.cond)
