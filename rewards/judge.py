@@ -34,6 +34,7 @@ from torch import Tensor
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, Unjudged
 from flowalign.rewards.preprocess import to_bytes
+from flowalign.rewards.remote import RewardDown
 
 if TYPE_CHECKING:
     import httpx
@@ -50,7 +51,7 @@ QUESTION = (
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
-class EndpointDown(ConnectionError):
+class EndpointDown(RewardDown):
     """The endpoint did not answer after all retries."""
 
 
