@@ -142,7 +142,7 @@ def draw(generator: torch.Generator, n: int, split: Split = "base") -> EditBatch
     return EditBatch(render(before), render(after), [instruction(*x) for x in names], edit, before, after)
 
 
-BATCH, POOL = 32, 12_000
+BATCH, POOL = 16, 8_000
 
 
 def build() -> Any:
@@ -194,7 +194,7 @@ WORLD = World(
     build=build,
     stages=(
         Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1200, lr=3e-3, after=set_scale, decay=0.995),
-        Stage("flow", denoisers, edit_loss, 4000, lr=1.5e-3),
+        Stage("flow", denoisers, edit_loss, 5000, lr=1.2e-3),
     ),
 )
 

@@ -43,7 +43,7 @@ SECONDS = LENGTH / RATE
 PITCHES, NUMBERS = ("low", "middle", "high"), ("two", "three", "four")
 BOUNDS = (80.0, 140.0, 230.0, 400.0)  # Hz
 LEVEL = 0.25  # RMS of the latents' unit
-BATCH, WIDTH = 32, 128
+BATCH, WIDTH = 16, 128
 CAPTIONS = tuple(f"a {p} tone with {n} harmonics" for p in PITCHES for n in NUMBERS)
 
 
@@ -176,8 +176,8 @@ WORLD = World(
             "flow",
             lambda pipe: [pipe.transformer, pipe.text_encoder, pipe.duration_embedder],
             flow_loss,
-            4000,
-            lr=2e-3,
+            2000,
+            lr=1.5e-3,
         ),
     ),
 )

@@ -48,7 +48,7 @@ PATHS = [(a, b) for a in range(4) for b in range(4) if a != b]
 CATEGORIES = ("move", "path", "fall", "throw", "slide")
 LEGS = torch.tensor([(a, a) for a in range(4)] + PATHS + [(-1, -1)] * 5)  # directions of the two halves
 GROUP = torch.tensor([0] * 4 + [1] * 12 + [2, 3, 3, 4, 4])
-BATCH, DROPOUT, WIDTH, GUARD = 16, 0.1, 128, 256.0
+BATCH, DROPOUT, WIDTH, GUARD = 8, 0.1, 128, 512.0
 
 
 def caption(motion: int, colour: int, shape: int) -> str:
@@ -152,7 +152,7 @@ def _ramp(video: Tensor, motion: Tensor, start: Tensor, r: Tensor) -> Tensor:
 
 def exact_autoencoder() -> AutoencoderKLWan:
     """Return an ``AutoencoderKLWan`` that folds 2×2 pixels into 12 channels and back, to 1e-4 (see the module)."""
-    z, width = 12, 32
+    z, width = 12, 26
     vae = AutoencoderKLWan(
         base_dim=width, z_dim=z, dim_mult=[1], num_res_blocks=0, temperal_downsample=[], in_channels=z, out_channels=z,
         patch_size=2, scale_factor_temporal=1, scale_factor_spatial=2, latents_mean=[0.0] * z, latents_std=[1.0] * z,
@@ -236,7 +236,7 @@ WORLD = World(
     name="shapes-video",
     summary="one moving object, with actions or gravity, 9 frames of 16×16, flow matching (WanPipeline)",
     build=build,
-    stages=(Stage("flow", lambda pipe: [pipe.transformer, pipe.text_encoder], flow_loss, 4000, lr=2e-3),),
+    stages=(Stage("flow", lambda pipe: [pipe.transformer, pipe.text_encoder], flow_loss, 4000, lr=1.2e-3),),
 )
 
 
