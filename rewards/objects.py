@@ -101,7 +101,9 @@ def _members(label: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pictures ``(M,)`` and pixels ``(M, H, W)`` of the pieces that are large enough."""
     b, h, w = label.shape
     flat = label.flatten(1).long()
-    area = torch.zeros(b, h * w + 1, device=label.device).scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float))
+    area = torch.zeros(b, h * w + 1, device=label.device).scatter_add_(
+        1, flat, torch.ones_like(flat, dtype=torch.float)
+    )
     row, which = (area[:, 1:] >= LEAST).nonzero(as_tuple=True)
     return row, label[row] == (which + 1)[:, None, None]
 

@@ -44,7 +44,7 @@ class Target:
     """What a caption asks for.
 
     Attributes:
-        kinds: ``(number, colour, shape)`` by group, indices into :data:`~flowalign.rewards.objects.HUES` and ``SHAPES``.
+        kinds: ``(number, colour, shape)`` by group, indices into ``HUES`` and ``SHAPES`` of :mod:`.objects`.
         relation: index into :data:`RELATIONS` of the first object to the second, or -1.
     """
 
@@ -68,8 +68,8 @@ def parse(prompt: str) -> Target:
     relation = RELATIONS.index(joined[2]) if joined and joined[2] != "and" else -1
     if len(kinds) < len(parts) or not plural or (relation >= 0 and any(k[0] > 1 for k in kinds)):
         raise ValueError(
-            f"{prompt!r} is not a caption of the shapes world: write 'a red circle', 'three cyan squares', 'a red circle "
-            f"above a blue square' or 'two red circles and one blue square', with the colours {', '.join(HUES)}, the "
+            f"{prompt!r} is not a caption of the shapes world: write 'a red circle', 'three cyan squares', 'a red "
+            f"circle above a blue square' or 'two red circles and one blue square', with the colours {', '.join(HUES)}, the "
             f"shapes {', '.join(SHAPES)} and the relations {', '.join(RELATIONS)}."
         )
     return Target(kinds, relation)
@@ -104,7 +104,7 @@ def verdicts(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _targets(targets: list[Target]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return numbers ``(P, 6, 3)``, the two kinds of a relation ``(P, 2)`` as flat indices, and the relation ``(P,)``."""
+    """Return numbers ``(P, 6, 3)``, the first and last kind ``(P, 2)`` as flat indices, and the relation ``(P,)``."""
     want = torch.zeros(len(targets), len(HUES), len(SHAPES))
     for i, target in enumerate(targets):
         for number, colour, shape in target.kinds:

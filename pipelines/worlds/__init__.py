@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from flowalign.pipelines.worlds.prompts import prompts
+from flowalign.pipelines.worlds.splits import prompts
 from flowalign.pipelines.worlds.store import path
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ WORLDS: dict[str, tuple[str, str]] = {  # name -> module of this package, its Wo
     "shapes-vp-v": ("shapes_vp", "VELOCITY"),
     "shapes-turbo": ("shapes_turbo", "WORLD"),
     "shapes-edit": ("edit", "WORLD"),
+    "shapes-sr": ("superres", "WORLD"),
+    "shapes-video": ("video", "WORLD"),
+    "tones": ("tones", "WORLD"),
 }
 
 

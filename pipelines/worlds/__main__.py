@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowalign.pipelines.worlds import WORLDS, find
 from flowalign.pipelines.worlds.store import WEIGHTS
@@ -54,10 +56,26 @@ def main(arguments: list[str] | None = None) -> None:
             shorten=options.shorten,
         )
         return
-    from flowalign.pipelines.worlds.cards import write_card
+    card(options.folder or WEIGHTS / options.name, options.guidance, options.samples, options.steps)
 
-    folder = options.folder or WEIGHTS / options.name
-    write_card(folder, guidance=options.guidance, samples=options.samples, steps=options.steps)
+
+def card(folder: Path, guidance: Sequence[float], samples: int, steps: int) -> None:
+    """Measure the shapes world in ``folder``. A command may join generators and judges; their packages may not."""
+    from diffusers import DiffusionPipeline
+
+    from flowalign.pipelines.worlds.cards import write_card
+    from flowalign.pipelines.worlds.diversity import cells
+    from flowalign.rewards.objects import find_objects
+    from flowalign.rewards.shapes import verdicts
+
+    def verdict(images: Tensor, text: Sequence[str]) -> tuple[Tensor, Tensor]:
+        objects = find_objects(images)
+        return verdicts(images, text)["strict"], cells(objects.centre, objects.row, len(images))
+
+    torch.set_num_threads(1)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    write_card(pipe, folder, verdict, guidance=guidance, samples=samples, steps=steps)
+    sys.stdout.write((folder / "card.md").read_text())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ the 256 tokens into one. Its weights are zero, so that token is a constant zero 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +26,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, FunnelBaseModel, FunnelConfig
 
-from flowalign.pipelines.worlds import prompts, scenes
+from flowalign.pipelines.worlds import scenes, splits
 from flowalign.pipelines.worlds.parts import (
     autoencoder,
     autoencoder_loss,
@@ -102,13 +100,13 @@ def build() -> StableDiffusion3Pipeline:
 @lru_cache(maxsize=4)
 def table(device: torch.device) -> scenes.Layout:
     """Return the layouts of all captions that the base model is shown."""
-    return scenes.Layout(prompts.base(), device)
+    return scenes.Layout(splits.base(), device)
 
 
 @lru_cache(maxsize=4)
 def ids(tokenizer: Any, device: torch.device) -> Tensor:
     """Return the token ids of all base captions, and of the empty one last, ``(C + 1, TOKENS)``."""
-    text = [*map(str, prompts.base()), ""]
+    text = [*map(str, splits.base()), ""]
     out = tokenizer(text, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     return out.input_ids.to(device)
 
@@ -123,7 +121,7 @@ def encode(pipe: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(pipe: Any, g: torch.Generator, n: int = BATCH) -> tuple[Tensor, Tensor]:
     """Return pictures ``(n, 3, 32, 32)`` and caption indices ``(n,)``, every category equally often."""
-    groups = prompts.base_groups(g.device)
+    groups = splits.base_groups(g.device)
     kind = torch.randint(len(groups), (n,), generator=g, device=g.device)
     u = torch.rand(n, generator=g, device=g.device)
     sizes = torch.tensor([len(x) for x in groups], device=g.device)
@@ -182,21 +180,3 @@ WORLD = World(
         Stage("flow", denoisers, flow_loss, 7000, lr=1.2e-3),
     ),
 )
-
-
-def sample(
-    pipe: Any, text: Sequence[str], *, steps: int = 10, guidance: float = 1.0, seed: int = 0, batch: int = 128
-) -> Tensor:
-    """Return pictures ``(B, 3, 32, 32)`` of prompts by the plain pipeline, the same noise for the same seed."""
-    out = []
-    shape = (pipe.transformer.config.in_channels, scenes.SIZE // 2, scenes.SIZE // 2)
-    noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(seed))
-    for i in range(math.ceil(len(text) / batch)):
-        part = slice(i * batch, (i + 1) * batch)
-        out.append(
-            pipe(
-                prompt=list(text[part]), num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
-                latents=noise[part].to(pipe.device),
-            ).images.float()
-        )  # fmt: skip
-    return torch.cat(out)

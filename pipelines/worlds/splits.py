@@ -1,17 +1,21 @@
-"""Prompts of the shapes worlds, split by composition.
+"""Prompts of the shapes worlds, split by composition; the same lists are shipped as ``prompts/SPLIT.jsonl``.
 
-    withheld   compositions that the base model is never shown (1 in 12)
+    withheld   compositions that the base model is never shown (1 in 12 of count and of "two ... and two ...")
     select     shown to the base, not used in alignment: recipes are chosen on these
     report     shown to the base, not used in alignment: figures are reported on these
     train      the rest: what alignment may use
 
-A Latin pattern over (number or relation, colour, shape) decides, so that every word, and every pair of words, occurs in
-``train``: what is held out is the combination, not only the wording.
+A composition is what a caption shows, whatever its words: "a red circle above a blue square" and "a blue square below a
+red circle" are one, and fall into one split. A Latin pattern over (number or relation, colour, shape) decides, so that
+every word and every kind of object occurs in ``train``: what is held out is the combination. The pattern also hides 1
+in 12 *wordings* of relations and of unequal numbers from the base, whose other wording it sees (:func:`hidden`).
 """
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,9 +23,10 @@ from torch import Tensor
 
 from flowalign.pipelines.worlds.scenes import CATEGORIES, COLOURS, MIXED, RELATIONS, SHAPES, Caption, captions
 
-__all__ = ["Split", "base", "base_groups", "prompts", "split_of"]
+__all__ = ["Split", "base", "base_groups", "hidden", "prompts", "split_of", "wordings", "write"]
 
 Split = Literal["train", "select", "report", "withheld"]
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 SPLITS: tuple[Split, ...] = ("train", "select", "report", "withheld")
 
 
@@ -39,13 +44,27 @@ def _phase(caption: Caption) -> int:
     return total % 12
 
 
+def hidden(caption: Caption) -> bool:
+    """Say whether this wording is kept from the base model."""
+    return caption.category != "single" and _phase(caption) == 0
+
+
+def wordings(caption: Caption) -> tuple[Caption, ...]:
+    """Return the captions that show the same, in a fixed order whichever of them is given."""
+    if len(caption.groups) == 1:
+        return (caption,)
+    other = None if caption.relation is None else OPPOSITE[caption.relation]
+    return tuple(sorted((caption, Caption(caption.groups[::-1], other)), key=str))
+
+
 def split_of(caption: Caption) -> Split:
     """Return the split that a caption belongs to; single objects are always in train (there is nothing to combine)."""
     if caption.category == "single":
         return "train"
-    phase = _phase(caption)
-    if phase == 0:
+    seen = [c for c in wordings(caption) if not hidden(c)]
+    if not seen:
         return "withheld"
+    phase = _phase(seen[0])
     if phase in (4, 9):
         return "select"
     return "report" if phase in (2, 7) else "train"
@@ -54,7 +73,7 @@ def split_of(caption: Caption) -> Split:
 @lru_cache(maxsize=1)
 def base() -> tuple[Caption, ...]:
     """Return the captions that the base model is trained on."""
-    return tuple(c for c in captions() if split_of(c) != "withheld")
+    return tuple(c for c in captions() if not hidden(c))
 
 
 @lru_cache(maxsize=4)
@@ -83,3 +102,11 @@ def prompts(split: Split, category: str | None = None) -> list[str]:
     wanted = [c for c in captions() if category in (None, c.category)]
     everywhere = [c for c in wanted if c.category == "single" and split != "withheld"]
     return [str(c) for c in wanted if c in everywhere or (c.category != "single" and split_of(c) == split)]
+
+
+def write(folder: Path) -> None:
+    """Write ``SPLIT.jsonl``, one ``{"prompt", "category"}`` a line, for programs that read no Python."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        rows = [{"prompt": p, "category": k} for k in CATEGORIES for p in prompts(split, k)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
