@@ -159,8 +159,8 @@ def resolve_world(config: RunConfig) -> RunConfig:
     e = config.evaluation
     rewards = ", ".join(filter(None, (facts.judge, e.rewards)))
     spelled = replace(
-        e, prompts=_set(e.prompts, config, facts, "report"), rewards=rewards, layouts=e.layouts or facts.layouts or None,
-        check_prompts=_set(e.check_prompts, config, facts, "check"),
+        e, prompts=_set(e.prompts, config, facts, "report"), rewards=rewards,
+        layouts=e.layouts or facts.layouts or None, check_prompts=_set(e.check_prompts, config, facts, "check"),
     )  # fmt: skip
     return replace(
         config,

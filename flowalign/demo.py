@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class DemoOptions:
         control: a further run whose rewards are permuted inside their groups and teach nothing; takes longer.
         minutes: total time, in place of 12 or 60.
         images: held-out images per category.
-        options: further options of ``flowalign train`` for every run, e.g. a pipeline of your own.
+        options: further options for every run, in one string: --options="--pipeline my:pipeline --reward my:Reward".
     """
 
     full: bool = False
@@ -50,7 +51,7 @@ class DemoOptions:
     control: bool = False
     minutes: float | None = None
     images: int = 1000
-    options: tuple[str, ...] = ()
+    options: str = ""
 
     @property
     def total(self) -> float:
@@ -67,7 +68,7 @@ class Child:
     folder: Folder
     process: subprocess.Popen[bytes]
     seconds: float
-    began: float = field(default_factory=time.perf_counter)
+    first: float | None = None
 
     @classmethod
     def start(cls, name: str, method: str, options: DemoOptions, seconds: float, *more: str) -> Child:
@@ -75,19 +76,20 @@ class Child:
         folder = Folder(options.output / name)
         command = [sys.executable, "-m", "flowalign", "train", method, "--output", str(folder.path), "--quiet"]
         command += ["--max-wall", f"{seconds:.0f}", "--seed", str(options.seed), "--iterations", "1000000"]
-        command += [*more, *options.options]
+        command += [*more, *shlex.split(options.options)]
         log = (options.output / f"{name}.log").open("wb")
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return cls(name, folder, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), seconds)
 
     def state(self) -> tuple[float, str]:
-        """Return the seconds of training so far and a word on it."""
+        """Return the seconds of training by the clock so far, and a word on it."""
         lines = self.folder.lines("metrics.jsonl")
         if not lines:
             return 0.0, "starting"
-        last = lines[-1]
-        spent = sum(v for k, v in last.items() if k.startswith("ledger/seconds/"))
-        return min(spent, self.seconds), f"reward {last.get('reward', float('nan')):.3f}"
+        self.first = self.first or time.perf_counter()
+        spent = time.perf_counter() - self.first
+        word = f"iteration {len(lines)}, reward {lines[-1].get('reward', float('nan')):.3f}"
+        return min(spent, self.seconds), word if spent < self.seconds + 10 else "judging"
 
     def check(self) -> None:
         """Raise if the process has failed.
@@ -145,9 +147,9 @@ def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     base = Folder(options.output / "base")
     command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *every[2:]]
     log = (options.output / "base.log").open("wb")
-    judge = Child("base", base, subprocess.Popen(
-        [*command, *options.options], stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ), 0.0)  # fmt: skip
+    command += shlex.split(options.options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    judge = Child("base", base, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), 0.0)
     wait([hacked, judge], progress)
     seconds = float(base.summary()["seconds"]["evaluate_before"])
     return seconds, [*every, "--evaluation.base", str(base.path / "before.pt")]
@@ -188,10 +190,8 @@ def _move(bar: Any, child: Child) -> None:
     if child.process.poll() is not None:
         bar.set_postfix_str("done", refresh=False)
     elif child.seconds:
-        done, word = child.state()
-        bar.n = done
-        late = time.perf_counter() - child.began > child.seconds + 20
-        bar.set_postfix_str("judging" if late and done > 0.7 * child.seconds else word, refresh=False)
+        bar.n, word = child.state()
+        bar.set_postfix_str(word, refresh=False)
     else:
         bar.set_postfix_str("judging", refresh=False)
     bar.refresh()
