@@ -108,8 +108,27 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
 def grow(collector: Collector, draw: Draw, iteration: int, tape: Tape) -> tuple[Grown, Condition]:
     """Roll out with a tape and judge with gradients: one microbatch of reward backpropagation."""
     judge = collector.bind(draw)
-    tree = collector.sample(draw, judge, iteration, tape)
+    if collector.recipe.renoise:
+        tree = repeated(collector, collector.sample(draw, judge, iteration), judge, iteration)
+    else:
+        tree = collector.sample(draw, judge, iteration, tape)
     with torch.enable_grad():
         rewards = judge(tree.leaves.x, tree.leaves.row)
         total = torch.stack([collector.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
     return Grown(tree, rewards, total), judge.cond
+
+
+def repeated(collector: Collector, tree: Trajectory, judge: Bound, iteration: int) -> Trajectory:
+    """Re-noise finished samples to the last grid time several times and take the last step with a tape (DRaFT-LV).
+
+    ``(1/n) Σ_i ∇_θ r(x̂0_θ(x_i))`` with ``x_i ~ p(x_t | x0)``: the conditional variance falls as 1/n.
+    """
+    r, t, leaves = collector.recipe, tree.times[-2:], tree.leaves
+    noise = Noise(mix(collector.seed, iteration, 13))
+    row = leaves.row.repeat_interleave(r.renoise)
+    x0 = leaves.x.detach().repeat_interleave(r.renoise, 0)
+    z = noise.normal(0, row, ranks(row), x0.shape[1:]).to(x0)
+    x = collector.policy.process.forward(x0, float(t[1]), float(t[0]), z)
+    return rollout(
+        collector.policy, r.kernel, t, Nodes.enter(x, row), judge.cond, noise=noise, n_rows=tree.n_rows, tape=Tape(0)
+    )

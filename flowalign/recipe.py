@@ -82,6 +82,7 @@ class Recipe:
         trained: ``(level, t, s) → bool``: which of the stochastic steps are trained.
         thin: a further subset of the transitions of an iteration, e.g. random steps per sample.
         tape: iteration → which levels carry a graph (reward backpropagation).
+        renoise: re-noisings of the finished sample for the last taped step (DRaFT-LV); 0 for none.
         per_reward: one advantage column and one loss per reward (MARBLE).
         pairs: preference pairs per group.
         aggregate: how losses become one gradient.
@@ -104,6 +105,7 @@ class Recipe:
     trained: Callable[[int, float, float], bool] = always
     thin: Callable[[Transitions, Experience], Transitions] | None = None
     tape: Callable[[int], Tape] | None = None
+    renoise: int = 0
     per_reward: bool = False
     pairs: int = 1
     aggregate: Aggregate = field(default_factory=Sum)

@@ -14,18 +14,21 @@ __all__ = ["METHODS", "names", "nearest", "resolve"]
 _HERE = "flowalign.methods."
 
 METHODS: dict[str, str] = {
+    "adjoint-matching": _HERE + "adjoint_matching:AdjointMatching",
     "b2-diffurl": _HERE + "b2_diffurl:B2DiffuRL",
     "best-of-n": _HERE + "best_of_n:BestOfN",
     "dance-grpo": _HERE + "dance_grpo:DanceGRPO",
     "ddpo": _HERE + "ddpo:DDPO",
     "dense-grpo": _HERE + "dense_grpo:DenseGRPO",
     "diffusion-nft": _HERE + "diffusion_nft:DiffusionNFT",
+    "draft": _HERE + "draft:DRaFT",
     "euphonium": _HERE + "euphonium:Euphonium",
     "flow-grpo": _HERE + "flow_grpo:FlowGRPO",
     "g2rpo": _HERE + "g2rpo:G2RPO",
     "grpo-guard": _HERE + "grpo_guard:GRPOGuard",
     "mix-grpo": _HERE + "mix_grpo:MixGRPO",
     "rlcm": _HERE + "rlcm:RLCM",
+    "rtb": _HERE + "rtb:RTB",
     "talk2move": _HERE + "talk2move:Talk2Move",
     "tp-grpo": _HERE + "tp_grpo:TPGRPO",
     "tree-grpo": _HERE + "tree_grpo:TreeGRPO",

@@ -19,6 +19,7 @@ from flowalign.batches import Paths
 from flowalign.kernels import Kernel
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
+from flowalign.trajectory import Transitions
 
 __all__ = ["TrajectoryBalance"]
 
@@ -36,8 +37,13 @@ class TrajectoryBalance(Objective):
 
     wants: ClassVar[Wants] = "paths"
 
-    def __init__(self, kernel: Kernel, scale: float = 1.0, log_z: str = "vargrad", keys: int = 1) -> None:
+    def __init__(
+        self, kernel: Kernel, scale: float = 1.0, log_z: str = "vargrad", keys: int = 1, subset: float = 1.0
+    ) -> None:
         super().__init__()
+        if not 0 < subset <= 1:
+            raise ValueError(f"subset must lie in (0, 1]; got {subset}.")
+        self.subset = subset
         if log_z not in ("vargrad", "learned"):
             raise ValueError(f"log_z must be 'vargrad' or 'learned'; got {log_z!r}.")
         self.kernel, self.scale, self.mode = kernel, scale, log_z
@@ -51,12 +57,35 @@ class TrajectoryBalance(Objective):
     def residual(self, policy: Policy, batch: Paths, cond: Any = None) -> Tensor:
         """Return the imbalance of each lineage without log Z, ``(P,)``."""
         s = batch.steps
-        known = None if cond is None else cond[s.row]
-        law, _ = self.kernel(s.x, policy.posterior(s.x, s.t, known), s.t, s.s)
-        base, _ = self.kernel(s.x, policy.posterior(s.x, s.t, known, "reference"), s.t, s.s)
-        gain = law.log_prob(s.x_next) - base.log_prob(s.x_next)
+        live = self._live(batch)
+        base = self._log_prob(policy, s, cond, "reference")
+        if live is None:
+            gain = self._log_prob(policy, s, cond) - base
+        else:
+            with torch.no_grad():
+                gain = self._log_prob(policy, s, cond) - base
+            # value of all steps, gradient of a random subset: rescaled by its share, the gradient stays unbiased
+            part = self._log_prob(policy, s[live], cond)
+            share = len(live) / len(s)
+            gain = gain.index_add(0, live.to(gain.device), (part - part.detach()) / share)
         path = batch.path.to(gain.device)
         return gain.new_zeros(len(batch)).index_add(0, path, gain) - self.scale * batch.reward.to(gain)
+
+    def _log_prob(self, policy: Policy, s: Transitions, cond: Any, role: str = "current") -> Tensor:
+        posterior = policy.posterior(s.x, s.t, None if cond is None else cond[s.row], role)
+        return self.kernel(s.x, posterior, s.t, s.s)[0].log_prob(s.x_next)
+
+    def _live(self, batch: Paths) -> Tensor | None:
+        """Return the steps that get a gradient: the same share of each lineage; None for all."""
+        if self.subset >= 1:
+            return None
+        kept = max(1, round(self.subset * batch.total))
+        seed = int(batch.steps.x_next.detach().flatten()[:8].double().abs().sum() * 1e6) % (1 << 31)
+        g = torch.Generator().manual_seed(seed)  # a function of the batch alone
+        key = batch.path.double() + torch.rand(len(batch.path), generator=g, dtype=torch.float64)
+        order = torch.argsort(key)
+        count = len(batch.path) // len(batch)
+        return order.reshape(len(batch), count)[:, :kept].flatten().sort().values
 
     def forward(self, policy: Policy, batch: Paths, cond: Any = None) -> Losses:
         """Return the squared imbalance."""

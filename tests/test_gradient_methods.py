@@ -1,0 +1,231 @@
+"""The gradient family: truncation laws, DRaFT-LV, ReFL, Adjoint Matching, RTB; each learns and resumes on the toy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flowalign import checkpoint
+from flowalign.collect import Collector, grow
+from flowalign.fit import fit
+from flowalign.kernels import EulerMaruyama
+from flowalign.laws import Memoryless
+from flowalign.methods.adjoint_matching import AdjointMatching, late_and_random
+from flowalign.methods.draft import DRaFT, Jump, depth_law
+from flowalign.methods.rtb import RTB
+from flowalign.noise import Noise
+from flowalign.objectives.balance import TrajectoryBalance
+from flowalign.options import FitOptions
+from flowalign.prepare import prepare
+from flowalign.rollout import Tape, rollout
+from flowalign.scorer import Scorer
+from flowalign.source import Prompts
+from flowalign.trajectory import Nodes
+from tests.test_policy_gradient import judged
+from tests.toy import Bright, Toy
+from tests.worlds import F64, Net
+
+OPTIONS = FitOptions(iterations=24, groups=4, size=8, steps=6, lr=3e-3, batch=64, weight_decay=0.0)
+SMALL = {
+    "full": DRaFT(mode="full"),
+    "draft-3": DRaFT(depth=3),
+    "lv": DRaFT(depth=1, repeats=4),
+    "alignprop": DRaFT(mode="random", eta=1.0),
+    "refl": DRaFT(mode="refl", depth=3, ceiling=2.0),
+    "kl": DRaFT(depth=3, kl=0.01),
+    "adjoint": AdjointMatching(scale=100.0),
+    "adjoint-truncated": AdjointMatching(scale=100.0, truncate=3, clip=None),
+    "adjoint-subset": AdjointMatching(scale=100.0, late=2, early=2, clip=None),
+    "rtb": RTB(scale=100.0),
+    "rtb-subset": RTB(scale=100.0, subset=0.5),
+}
+
+
+def start(name: str, options: FitOptions = OPTIONS, **kwargs):
+    toy = Toy()
+    options = replace(options, lr=1e-2, iterations=max(options.iterations, 6) * 2) if "rtb" in name else options
+    recipe = SMALL[name].recipe(toy.times(options.steps))
+    policy, parameters = prepare(toy, None, recipe.roles, old=recipe.old, ema=0.9)
+    scorer = Scorer(toy, {"bright": Bright()})
+    return toy, fit(toy, scorer, Prompts(["a"]), recipe, options, policy=policy, parameters=parameters, **kwargs)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_learns(name: str) -> None:
+    """On the same noises the trained policy's rewards beat the base's by more than 5 standard errors, paired."""
+    toy, metrics = start(name)
+    before = judged(toy)
+    list(metrics)
+    gain = judged(toy) - before
+    assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5 and gain.mean() > 0.005
+
+
+@pytest.mark.parametrize("name", ["alignprop", "refl", "lv", "rtb-subset"])
+def test_resumes_bitwise(name: str, tmp_path: Path) -> None:
+    """Random truncation, jumps, re-noisings and subsets are functions of (seed, iteration)."""
+    o = replace(OPTIONS, iterations=4, checkpoint_every=1)
+    whole, metrics = start(name, o, folder=tmp_path / "a")
+    list(metrics)
+    _, metrics = start(name, o, folder=tmp_path / "b")
+    next(metrics), next(metrics)
+    metrics.close()
+    cut, metrics = start(name, o, folder=tmp_path / "b", resume=True)
+    list(metrics)
+    assert checkpoint.latest(tmp_path / "a").name == checkpoint.latest(tmp_path / "b").name
+    for p, q in zip(whole.denoiser.parameters(), cut.denoiser.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_truncation_is_one_suffix() -> None:
+    """AlignProp's depth follows N(42, 5)·K/50 truncated to [1, K-1], and is one number for the whole iteration."""
+    law = depth_law("random", 1, 50, seed=3)
+    firsts = torch.tensor([50 - law(i) for i in range(4000)], dtype=F64)
+    assert firsts.min() >= 1 and firsts.max() <= 49
+    normal = torch.distributions.Normal(42.0, 5.0)
+    edges = torch.arange(0.5, 50.0, 1.0, dtype=F64)
+    p = normal.cdf(edges[1:]) - normal.cdf(edges[:-1])
+    mean = (p / p.sum() * torch.arange(1, 50)).sum()
+    assert abs(firsts.mean() - mean) < 4 * firsts.std() / 4000**0.5
+    assert law(7) == law(7)
+
+
+def test_lv_variance_falls_as_one_over_n() -> None:
+    """DRaFT-LV given the finished sample: the gradient's conditional variance is halved by twice the re-noisings."""
+    toy = Toy()
+    grads: dict[int, list[torch.Tensor]] = {1: [], 4: []}
+    for n in grads:
+        recipe = replace_repeats(n).recipe(toy.times(6))
+        policy, parameters = prepare(toy, None)
+        collector = Collector(toy, Scorer(toy, {"b": Curved()}), policy, recipe, 6, 0)
+        draw = Prompts(["a"]).draw(0, 1, 4)
+        fixed = collector.sample(draw, collector.bind(draw), 0)
+        for i in range(300):
+            from flowalign.collect import repeated
+
+            tree = repeated(collector, fixed, collector.bind(draw), i)
+            r = Curved()(toy.decode(tree.leaves.x, None), [])
+            grads[n].append(torch.autograd.grad(r.mean(), parameters[-1])[0])
+    one, four = (torch.stack(grads[n]) for n in (1, 4))
+    ratio = one.var(0).sum() / four.var(0).sum()
+    assert 3.2 < ratio < 5.0
+    gap = (one.mean(0) - four.mean(0)).norm() / (one.var(0).sum() / 300 + four.var(0).sum() / 300).sqrt()
+    assert gap < 3
+
+
+def replace_repeats(n: int) -> DRaFT:
+    return DRaFT(depth=1, repeats=n)
+
+
+class Curved(Bright):
+    """A reward whose gradient depends on the sample, so that re-noising matters."""
+
+    def __call__(self, media, prompts, meta=None):
+        return torch.sin(6 * media).mean((1, 2, 3))
+
+
+def test_refl_jumps_to_the_data() -> None:
+    """No gradient before the drawn step; the taped part is one step; every late step is drawn."""
+    jump = Jump(10, 4, seed=0)
+    seen = set()
+    for i in range(60):
+        tape = jump.tape(i)
+        grid = jump.grid(torch.linspace(1, 0, 11))
+        assert tape.first == len(grid) - 2 and grid[-1] == 0
+        seen.add(tape.first)
+    assert seen == {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("last", [1, 2, 6])
+def test_saved_bytes_do_not_depend_on_the_prefix(last: int) -> None:
+    """Bytes kept for the backward pass: the same for any untaped prefix, and flat per step with checkpointing."""
+
+    def saved(steps: int, checkpointed: bool) -> int:
+        toy = Toy()
+        toy.denoiser = nn.Sequential(nn.Linear(13, 512), nn.Tanh(), nn.Linear(512, 12))
+        policy, _ = prepare(toy, None)
+        total = 0
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            rollout(policy, EulerMaruyama(), toy.times(steps), Nodes.enter(torch.randn(16, 3, 2, 2)),
+                    toy.encode(["a"] * 16), noise=Noise(0), tape=Tape(steps - last, checkpointed))  # fmt: skip
+        return total
+
+    assert saved(8, False) == saved(16, False)
+    if last > 1:
+        slope = (saved(8, True) - saved_one(saved)) / (last - 1)
+        plain = (saved(8, False) - saved_one(saved, False)) / (last - 1)
+        assert slope < 0.3 * plain
+
+
+def saved_one(saved, checkpointed: bool = True) -> int:
+    """Bytes of the shortest tape, by the same measure."""
+    return saved(8, checkpointed) // 8
+
+
+def test_rtb_subset_gradient_is_unbiased() -> None:
+    """The gradient of random halves, averaged over many draws, is the full gradient."""
+    torch.manual_seed(0)
+    net = Net(dim=2, rows=1).double()
+    from flowalign.batches import paths
+    from flowalign.experience import Experience
+    from flowalign.policy import Policy, Weights
+
+    policy = Policy(net, {"reference": Weights(list(net.parameters()))})
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn_like(p)
+    kernel, times = EulerMaruyama(Memoryless()), torch.linspace(1, 0, 5, dtype=F64)
+    one_row = torch.zeros(8, dtype=torch.long)
+    diffs = []
+    for i in range(150):
+        z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(i))
+        tree = rollout(policy, kernel, times, Nodes.enter(z, one_row), noise=Noise(i))
+        e = Experience(policy, tree, None, one_row[:1], {"r": tree.leaves.x[:, 0]}, {"r": 1.0}, lambda x, r: {})
+        pair = []
+        for subset in (0.5, 1.0):
+            loss = TrajectoryBalance(kernel, 2.0, subset=subset)(policy, paths(e)).terms["balance"]
+            pair.append(torch.autograd.grad(loss, [net.outer.weight, net.inner.bias]))
+        diffs.append(torch.cat([(a - b).flatten() for a, b in zip(*pair, strict=True)]))
+    diff = torch.stack(diffs)  # on the same paths: paired
+    z = diff.mean(0) / (diff.std(0) / len(diff) ** 0.5)
+    assert z.abs().max() < 4.5 and diff.abs().max() > 1e-3
+
+
+def test_late_and_random_steps() -> None:
+    toy = Toy()
+    policy, _ = prepare(toy, None)
+    tree = rollout(policy, EulerMaruyama(Memoryless()), toy.times(8), Nodes.enter(torch.randn(3, 3, 2, 2)),
+                   toy.encode(["a"] * 3), noise=Noise(0))  # fmt: skip
+    from flowalign.experience import Experience
+
+    e = Experience(policy, tree, None, torch.zeros(3, dtype=torch.long), {}, {}, lambda x, r: {}, iteration=4)
+    kept = late_and_random(3, 2, 8)(tree.transitions(), e)
+    levels = sorted(set(kept.level.tolist()))
+    assert levels[-3:] == [5, 6, 7] and len(levels) == 5 and len(kept) == 15
+
+
+def test_grown_batches_keep_the_noise_of_their_samples() -> None:
+    """A microbatch's samples start from the same noise as in the whole draw: keys travel with the rows."""
+    toy = Toy()
+    recipe = DRaFT(mode="full").recipe(toy.times(4))
+    policy, _ = prepare(toy, None)
+    collector = Collector(toy, Scorer(toy, {"b": Bright()}), policy, recipe, 4, 0)
+    draw = Prompts(["a", "b", "c"]).draw(0, 3, 4)
+    whole, _ = grow(collector, draw, 0, Tape())
+    part, _ = grow(collector, draw.part([2]), 0, Tape())
+    assert torch.allclose(whole.trajectory.leaves.x[8:], part.trajectory.leaves.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [DRaFT(depth=9), DRaFT(depth=2, repeats=2)])
+def test_bad_settings(bad: DRaFT) -> None:
+    with pytest.raises(ValueError, match=r"depth|repeats"):
+        bad.recipe(torch.linspace(1, 0, 7))
