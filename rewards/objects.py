@@ -81,7 +81,7 @@ def find_objects(images: Tensor) -> Objects:
 
 def _pieces(kind: Tensor) -> Tensor:
     """Return ``(B, H, W)`` labels of 4-connected pieces of equal ``kind``: their largest pixel number; 0 for kind -1."""
-    b, h, w = kind.shape
+    _, h, w = kind.shape
     number = torch.arange(1, h * w + 1, device=kind.device, dtype=torch.int32).view(1, h, w)
     label = torch.where(kind >= 0, number, 0)
     down, right = kind[:, 1:] == kind[:, :-1], kind[:, :, 1:] == kind[:, :, :-1]

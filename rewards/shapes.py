@@ -1,6 +1,6 @@
 """Does the picture show what the caption of the shapes world says? The programmatic judge, in the manner of GenEval.
 
-The caption is read back from its words (:func:`parse`), the objects from the pixels (:mod:`~flowalign.rewards.objects`).
+The caption is read back from its words (:func:`parse`), the objects from the pixels (:mod:`flowalign.rewards.objects`).
 With n(c, s) the objects of colour c and shape s that are seen, n*(c, s) those asked for, N and N* their totals:
 
     count     1 / (1 + |N - N*|)
@@ -69,8 +69,8 @@ def parse(prompt: str) -> Target:
     if len(kinds) < len(parts) or not plural or (relation >= 0 and any(k[0] > 1 for k in kinds)):
         raise ValueError(
             f"{prompt!r} is not a caption of the shapes world: write 'a red circle', 'three cyan squares', 'a red "
-            f"circle above a blue square' or 'two red circles and one blue square', with the colours {', '.join(HUES)}, the "
-            f"shapes {', '.join(SHAPES)} and the relations {', '.join(RELATIONS)}."
+            f"circle above a blue square' or 'two red circles and one blue square', with the colours "
+            f"{', '.join(HUES)}, the shapes {', '.join(SHAPES)} and the relations {', '.join(RELATIONS)}."
         )
     return Target(kinds, relation)
 

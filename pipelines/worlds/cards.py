@@ -156,10 +156,9 @@ def _text(name: str, card: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for which in ("report", "withheld"):
-        lines += [
-            f"| {k} | {which} | {f['n']} | {f['accuracy']:.3f} ± {f['error']:.3f} | {f['layouts']:.1f} | {f['vendi']:.1f} |"
-            for k, f in card[which].items()
-        ]
+        for k, f in card[which].items():
+            accuracy = f"{f['accuracy']:.3f} ± {f['error']:.3f}"
+            lines.append(f"| {k} | {which} | {f['n']} | {accuracy} | {f['layouts']:.1f} | {f['vendi']:.1f} |")
     scan = card["guidance_scan_on_select"]
     lines += ["", f"Accuracy by guidance scale, {scan['samples']} pictures a category, select prompts:", ""]
     lines += ["| guidance | " + " | ".join(CATEGORIES) + " |", "|---" * (1 + len(CATEGORIES)) + "|"]

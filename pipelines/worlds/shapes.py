@@ -1,18 +1,19 @@
 """`shapes`: captioned coloured shapes at 32×32 by flow matching, an ordinary ``StableDiffusion3Pipeline``.
 
-Stock parts throughout: a trained ``AutoencoderKL`` that halves the edges, an ``SD3Transformer2DModel`` on 64 image tokens,
-two small CLIP text encoders trained along with it, and a vocabulary of the captions' own words.
+Stock parts throughout: a trained ``AutoencoderKL`` that halves the edges, an ``SD3Transformer2DModel`` on 64 image
+tokens, two small CLIP text encoders trained along with it, and a vocabulary of the captions' own words.
 
     min E |v(x_t, t, caption) - (ε - x0)|²,    x_t = (1 - t) x0 + t ε,    logit-normal t, 10 % empty captions
 
 Why there is a Funnel encoder in the third text slot: ``StableDiffusion3Pipeline`` without a third encoder cannot be
 loaded by ``from_pretrained(folder)`` alone, and feeds its transformer 256 zero tokens; a T5 feeds it 256 tokens too, by
-default, at four times the cost of the 64 image tokens. A Funnel transformer pools its sequence: nine halving blocks turn
-the 256 tokens into one. Its weights are zero, so that token is a constant zero and the pipeline needs no argument.
+default, at four times the cost of the 64 image tokens. A Funnel transformer pools its sequence: nine halving blocks
+turn the 256 tokens into one. Its weights are zero, so that token is a constant zero and the pipeline needs no argument.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +41,8 @@ __all__ = ["TOKENS", "WORLD", "encode", "latents"]
 
 TOKENS = 10  # the longest caption has eight words and an end
 BATCH = 32
+EVEN = (1.0, 1.0, 1.0, 1.0)  # single, count, relation, mixed
+HARDER = (0.1, 0.25, 0.35, 0.3)
 DROPOUT = 0.1
 WIDTH = 128
 TEXT = WIDTH // 2  # of each CLIP encoder
@@ -112,17 +115,20 @@ def ids(tokenizer: Any, device: torch.device) -> Tensor:
 
 
 def encode(pipe: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return prompt embeddings ``(B, TOKENS + 1, 128)`` and pooled ones ``(B, 128)``, as ``encode_prompt`` makes them."""
+    """Return prompt embeddings ``(B, TOKENS + 1, 128)``, pooled ones ``(B, 128)``, as ``encode_prompt`` makes."""
     one = pipe.text_encoder(tokens, output_hidden_states=True)
     two = pipe.text_encoder_2(tokens, output_hidden_states=True)
     clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1)
     return nn.functional.pad(clip, (0, 0, 0, 1)), torch.cat([one[0], two[0]], -1)
 
 
-def draw(pipe: Any, g: torch.Generator, n: int = BATCH) -> tuple[Tensor, Tensor]:
-    """Return pictures ``(n, 3, 32, 32)`` and caption indices ``(n,)``, every category equally often."""
+def draw(pipe: Any, g: torch.Generator, n: int = BATCH, mix: Sequence[float] = EVEN) -> tuple[Tensor, Tensor]:
+    """Return pictures ``(n, 3, 32, 32)`` and caption indices ``(n,)``, the categories as often as ``mix`` says."""
     groups = splits.base_groups(g.device)
-    kind = torch.randint(len(groups), (n,), generator=g, device=g.device)
+    if mix == EVEN:
+        kind = torch.randint(len(groups), (n,), generator=g, device=g.device)
+    else:
+        kind = torch.multinomial(torch.tensor(mix, device=g.device), n, replacement=True, generator=g)
     u = torch.rand(n, generator=g, device=g.device)
     sizes = torch.tensor([len(x) for x in groups], device=g.device)
     offset = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
@@ -149,9 +155,9 @@ def set_scale(pipe: Any, g: torch.Generator) -> None:
     normalise(pipe.vae, draw(pipe, g, 512)[0])
 
 
-def flow_loss(pipe: Any, g: torch.Generator) -> Tensor:
+def flow_loss(pipe: Any, g: torch.Generator, mix: Sequence[float] = EVEN) -> Tensor:
     """Train the transformer and the text encoders by flow matching."""
-    images, index = draw(pipe, g)
+    images, index = draw(pipe, g, BATCH, mix)
     with torch.no_grad():
         x0 = latents(pipe.vae, images).float()
     known = ids(pipe.tokenizer, g.device)
@@ -166,6 +172,11 @@ def flow_loss(pipe: Any, g: torch.Generator) -> Tensor:
     return (v.float() - (noise - x0)).square().mean()
 
 
+def harder_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Go on with fewer single objects, which are soon learned, and more relations, which take longest."""
+    return flow_loss(pipe, g, HARDER)
+
+
 def denoisers(pipe: Any) -> list[nn.Module]:
     """Return what flow matching trains."""
     return [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
@@ -177,6 +188,7 @@ WORLD = World(
     build=build,
     stages=(
         Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1600, lr=2e-3, after=set_scale),
-        Stage("flow", denoisers, flow_loss, 7000, lr=1.2e-3),
+        Stage("flow", denoisers, flow_loss, 7000, lr=1.2e-3, until=4 / 7),
+        Stage("harder", denoisers, harder_loss, 6000, lr=1e-3),
     ),
 )

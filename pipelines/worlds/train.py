@@ -41,6 +41,7 @@ class Stage:
         lr: peak learning rate.
         after: called with the pipeline when the averaged weights are in place.
         decay: of the averaged weights.
+        until: share of the steps that are done; below 1 the next stage takes over before the cosine has fallen.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stage:
     lr: float = 1.5e-3
     after: Callable[[Any, torch.Generator], None] | None = None
     decay: float = 0.999
+    until: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def train(
                 stage.after(pipe, torch.Generator(device).manual_seed(mixed(seed, i)))
             continue
         start, seconds = time.perf_counter(), log["stages"].get(stage.name, {}).get("seconds", 0.0)
-        steps = max(1, round(stage.steps * shorten))
+        steps = max(1, round(stage.steps * shorten))  # of the cosine
 
         def save(inner: dict[str, Any], i: int = i, stage: Stage = stage, start: float = start) -> None:
             log["stages"][stage.name] = {
@@ -168,7 +170,7 @@ def _run(
             a.copy_(s)
         optimizer.load_state_dict(inner["optimizer"])
     recent: list[float] = []
-    for step in _bar(stage.name, first, steps, recent):
+    for step in _bar(stage.name, first, max(1, round(steps * stage.until)), recent):
         g.manual_seed(seed * 1_000_003 + step)  # a step's data depend on its number alone: resuming changes nothing
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
