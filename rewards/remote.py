@@ -27,6 +27,7 @@ from torch import Tensor
 
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, Unjudged
+from flowalign.rewards.preprocess import to_bytes
 from flowalign.rewards.wire import JSON, SAFETENSORS, encode_json, encode_safetensors
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class RemoteReward(Judge):
     Args:
         url: of the server; also accepted as ``weights`` so that ``remote@http://judge:8000`` works.
         token: what the server wants to hear; None for none.
-        encoding: ``safetensors`` (exact) or ``json`` (PNG, pictures only).
+        encoding: ``safetensors`` (exact floats), ``bytes`` (the same, media rounded to a saved picture's bytes: a quarter
+            of the traffic) or ``json`` (PNG, pictures only).
         batch: samples per request, at most; the server's own limit is kept in any case.
         parallel: requests under way at once.
         patience: see :class:`Patience`.
@@ -90,9 +92,9 @@ class RemoteReward(Judge):
         super().__init__()
         if weights is None or not weights.startswith(("http://", "https://")):
             raise ValueError(f"a remote reward wants the server's URL, remote@http://host:port; got {weights!r}.")
-        if encoding not in ("safetensors", "json") or batch < 1 or parallel < 1:
+        if encoding not in ("safetensors", "bytes", "json") or batch < 1 or parallel < 1:
             raise ValueError(
-                f"wanted encoding safetensors or json, batch and parallel ≥ 1; got {encoding!r}, {batch}, {parallel}."
+                f"wanted encoding safetensors, bytes or json, batch and parallel ≥ 1; got {encoding!r}, {batch}, {parallel}."
             )
         try:
             import httpx
@@ -138,6 +140,8 @@ class RemoteReward(Judge):
         return result
 
     def _piece(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> dict[str, Any]:
+        if self.encoding == "bytes":
+            media = to_bytes(media)
         encode, kind = (encode_json, JSON) if self.encoding == "json" else (encode_safetensors, SAFETENSORS)
         answer = self._request("POST", "/score", encode(media, prompts, meta), kind)
         if not isinstance(answer.get("scores"), list) or len(answer["scores"]) != len(prompts):

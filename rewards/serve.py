@@ -13,118 +13,32 @@ Nothing is ever unpickled. It listens on this machine alone unless told otherwis
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hmac
 import itertools
-import json
 import logging
-import math
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from flowalign.protocols import Reward, check_media, check_scores
-from flowalign.rewards.base import Unjudged, check_prompts, modality_of
-from flowalign.rewards.wire import Batch, Limits, Refused, decode
+from flowalign.protocols import Reward
+from flowalign.rewards.wire import Limits, Refused, decode
+from flowalign.rewards.worker import Job, Worker
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
-__all__ = ["make_app", "serve"]
+__all__ = ["main", "make_app", "serve"]
 
 log = logging.getLogger(__name__)
 LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(eq=False)
-class Job:
-    """A request in the queue."""
-
-    batch: Batch
-    answer: asyncio.Future[dict[str, Any]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
-class Worker:
-    """Scores what waits, merging what fits together.
-
-    Args:
-        reward: the judge.
-        limits: of the queue and of a merged batch.
-        device: where media are sent; None leaves them.
-    """
-
-    def __init__(self, reward: Reward, limits: Limits, device: torch.device | str | None) -> None:
-        self.reward, self.limits, self.device = reward, limits, device
-        self.queue: asyncio.Queue[Job] = asyncio.Queue(limits.waiting)
-
-    async def run(self) -> None:
-        """Serve the queue until cancelled."""
-        while True:
-            jobs = [await self.queue.get()]
-            while not self.queue.empty():
-                jobs.append(self.queue.get_nowait())
-            for group in self._groups(jobs):
-                await self._serve(group)
-
-    def _groups(self, jobs: list[Job]) -> list[list[Job]]:
-        """Group jobs of one shape, up to the limit of a batch; a reward of a set is never merged."""
-        groups: list[list[Job]] = []
-        for job in jobs:
-            last = next((g for g in reversed(groups) if self._merge(g, job)), None)
-            if last is None:
-                groups.append([job])
-            else:
-                last.append(job)
-        return groups
-
-    def _merge(self, group: list[Job], job: Job) -> bool:
-        a, b = group[0].batch, job.batch
-        fits = a.media.shape[1:] == b.media.shape[1:] and a.media.dtype == b.media.dtype
-        total = sum(len(j.batch.prompts) for j in group) + len(b.prompts)
-        return self.reward.card.batch and fits and (a.meta is None) == (b.meta is None) and total <= self.limits.samples
-
-    async def _serve(self, group: list[Job]) -> None:
-        for jobs in [group] if len(group) == 1 else [group, *([j] for j in group)]:
-            jobs = [j for j in jobs if not j.answer.done()]  # those whose client has gone, or who are answered
-            if not jobs:
-                continue
-            try:
-                answers = await asyncio.to_thread(self._score, [j.batch for j in jobs])
-            except Exception as error:
-                if len(jobs) == 1:
-                    jobs[0].answer.set_exception(error)
-                continue
-            for job, answer in zip(jobs, answers, strict=True):
-                if not job.answer.done():
-                    job.answer.set_result(answer)
-
-    @torch.no_grad()
-    def _score(self, batches: list[Batch]) -> list[dict[str, Any]]:
-        media = torch.cat([b.media for b in batches])
-        check_media(media, modality_of(media, self.reward.card.modality))  # on the CPU, where the range is checked
-        prompts = [p for b in batches for p in b.prompts]
-        meta = None if batches[0].meta is None else [m for b in batches for m in b.meta or []]
-        check_prompts(prompts, meta, len(media))
-        scores, reasons = self._judge(media if self.device is None else media.to(self.device), prompts, meta)
-        answers, start = [], 0
-        for b in batches:
-            part = scores[start : start + len(b.prompts)].tolist()
-            why = {str(i - start): r for i, r in reasons.items() if start <= i < start + len(b.prompts)}
-            answers.append({"scores": [s if math.isfinite(s) else None for s in part], "unjudged": why})
-            start += len(b.prompts)
-        return answers
-
-    def _judge(self, media: Tensor, prompts: list[str], meta: Any) -> tuple[Tensor, dict[int, str]]:
-        try:
-            return check_scores(self.reward(media, prompts, meta), len(media), self.reward.card.name).cpu(), {}
-        except Unjudged as error:
-            return error.scores.detach().cpu(), error.reasons
 
 
 def make_app(
@@ -235,7 +149,7 @@ def serve(
         ImportError: the extra ``serve`` is not installed.
     """
     if host not in LOCAL and not token:
-        raise ValueError(f"listening on {host} lets others in: give a token (FLOWALIGN_TOKEN or token=...).")
+        raise ValueError(f"listening on {host} lets others in: give a token, in FLOWALIGN_TOKEN or as token=.")
     try:
         import uvicorn
     except ImportError as error:
@@ -244,7 +158,25 @@ def serve(
         from flowalign.rewards.names import load
 
         reward = load(reward, device=device)
-    log.info("serving %s", json.dumps(reward.card.name))
+    log.info("serving %s", reward.card.name)
     app = make_app(reward, limits=limits, token=token, device=device)
     crowd = 4 * (limits or Limits()).waiting
     uvicorn.run(app, host=host, port=port, timeout_keep_alive=30, server_header=False, limit_concurrency=crowd)
+
+
+def main(args: Sequence[str]) -> None:
+    """``flowalign serve REWARD [options]``."""
+    usage = argparse.ArgumentParser("flowalign serve", description="A reward behind HTTP; use it as remote@URL.")
+    usage.add_argument("reward", help="name[@weights][:weight], several with commas; `flowalign rewards` lists names")
+    usage.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; beyond this machine a token is needed"
+    )
+    usage.add_argument("--port", type=int, default=8000)
+    usage.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    usage.add_argument("--samples", type=int, default=Limits.samples, help="samples per request, at most")
+    usage.add_argument("--body", type=int, default=Limits.body, help="bytes per request, at most")
+    o = usage.parse_args(list(args))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if o.device == "auto" else o.device
+    token = os.environ.get("FLOWALIGN_TOKEN")  # not an option: those can be read in the list of processes
+    limits = Limits(body=o.body, samples=o.samples)
+    serve(o.reward, host=o.host, port=o.port, token=token, limits=limits, device=device)

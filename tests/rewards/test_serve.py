@@ -23,7 +23,7 @@ from flowalign.rewards import load
 from flowalign.rewards.asynchronous import Asynchronous
 from flowalign.rewards.base import Judge, Unjudged
 from flowalign.rewards.remote import Patience, RemoteReward, RewardDown
-from flowalign.rewards.serve import make_app, serve
+from flowalign.rewards.serve import main, make_app, serve
 from flowalign.rewards.wire import JSON, SAFETENSORS, Limits, decode, encode_json, encode_safetensors
 
 torch.set_num_threads(1)
@@ -121,8 +121,9 @@ def test_remote_scores_equal_local_ones(served, x):
         remote.close()
     assert remote.card.name == "mean" and remote.card.modality == ("image", "video") and not remote.card.differentiable
     bytes_only = (x * 255).round() / 255
-    png = load(f"remote@{url}", options={"remote": {"encoding": "json"}})
-    assert torch.allclose(png(bytes_only, P), Mean()(bytes_only, P), atol=1e-6)
+    for encoding in ("json", "bytes"):
+        rounded = load(f"remote@{url}", options={"remote": {"encoding": encoding}})
+        assert torch.allclose(rounded(bytes_only, P), Mean()(bytes_only, P), atol=1e-6)
     assert torch.allclose(RemoteReward(url)(x.unsqueeze(1), P), Mean()(x, P))  # video
 
 
@@ -369,6 +370,25 @@ def test_token():
         assert RemoteReward(url, token="s3cret")(ONE, ["a"]).item() == 1
     with pytest.raises(ValueError, match="give a token"):
         serve(Mean(), host="0.0.0.0")
+
+
+def test_the_command_serves_a_named_reward(monkeypatch):
+    """``flowalign serve smoothness``: the whole way but uvicorn's own loop."""
+    seen = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: seen.update(options, app=app))
+    main(["smoothness", "--port", "8123", "--device", "cpu", "--samples", "3"])
+    assert seen["port"] == 8123 and seen["host"] == "127.0.0.1"
+    from starlette.testclient import TestClient
+
+    with TestClient(seen["app"]) as client:
+        assert client.get("/card").json()["limits"]["samples"] == 3
+        answer = client.post("/score", content=encode_safetensors(ONE, ["a"]), headers={"content-type": SAFETENSORS})
+        assert answer.json() == {"scores": [0.0], "unjudged": {}}
+    monkeypatch.delenv("FLOWALIGN_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="give a token"):
+        main(["smoothness", "--host", "0.0.0.0", "--device", "cpu"])
+    with pytest.raises(ValueError, match="Nearest"):
+        main(["smothness", "--device", "cpu"])
 
 
 def test_wire_round_trip_is_exact():
