@@ -7,6 +7,9 @@
 
 One file per kind of family holds a plain dictionary ``BUILDERS`` from name to function. A name is the class name
 without "Pipeline", plus a few variants. ``NOT_TRIED`` says, by class name, why any other class is absent.
+
+To add a case, write a function that returns components (a superset will do) and a line in ``BUILDERS``; sizes go down
+to what the class bears, and a quirk worth knowing goes into ``notes``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from .absent import NOT_TRIED
 if TYPE_CHECKING:
     from .case import Builder, Case
 
-__all__ = ["NOT_TRIED", "build", "names"]
+__all__ = ["NOT_TRIED", "REPRESENTATIVE", "build", "names"]
 
 FILES = (
     "stable_diffusion",
@@ -52,6 +55,36 @@ FILES = (
     "cascade",
     "newest_image",
     "newest_video",
+)
+
+# What the default tests run: two dozen of the most used.
+REPRESENTATIVE = (
+    "Chroma",
+    "CogVideoX",
+    "CogView4",
+    "Flux",
+    "Flux2",
+    "FluxKontext",
+    "HunyuanImage",
+    "HunyuanVideo",
+    "LTX",
+    "LTX2",
+    "LatentConsistencyModel",
+    "Lumina2",
+    "Mochi",
+    "PixArtAlpha",
+    "QwenImage",
+    "QwenImageEdit",
+    "Sana",
+    "StableAudio",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "Wan",
+    "WanImageToVideo",
+    "WanImageToVideo_22",
+    "Wan_22",
+    "ZImage",
 )
 
 

@@ -8,36 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from . import NOT_TRIED, build, names
-
-REPRESENTATIVE = [
-    "Chroma",
-    "CogVideoX",
-    "CogView4",
-    "Flux",
-    "Flux2",
-    "FluxKontext",
-    "HunyuanImage",
-    "HunyuanVideo",
-    "LTX",
-    "LTX2",
-    "LatentConsistencyModel",
-    "Lumina2",
-    "Mochi",
-    "PixArtAlpha",
-    "QwenImage",
-    "QwenImageEdit",
-    "Sana",
-    "StableAudio",
-    "StableDiffusion",
-    "StableDiffusion3",
-    "StableDiffusionXL",
-    "Wan",
-    "WanImageToVideo",
-    "WanImageToVideo_22",
-    "Wan_22",
-    "ZImage",
-]
+from . import NOT_TRIED, REPRESENTATIVE, build, names
 
 
 def run(name: str, seed: int = 0, output_type: str | None = None) -> torch.Tensor:
