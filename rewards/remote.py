@@ -68,8 +68,8 @@ class RemoteReward(Judge):
     Args:
         url: of the server; also accepted as ``weights`` so that ``remote@http://judge:8000`` works.
         token: what the server wants to hear; None for none.
-        encoding: ``safetensors`` (exact floats), ``bytes`` (the same, media rounded to a saved picture's bytes: a quarter
-            of the traffic) or ``json`` (PNG, pictures only).
+        encoding: ``safetensors`` (exact floats), ``bytes`` (the same, rounded to a saved picture's bytes: a quarter of
+            the traffic) or ``json`` (PNG, pictures only).
         batch: samples per request, at most; the server's own limit is kept in any case.
         parallel: requests under way at once.
         patience: see :class:`Patience`.
@@ -94,7 +94,8 @@ class RemoteReward(Judge):
             raise ValueError(f"a remote reward wants the server's URL, remote@http://host:port; got {weights!r}.")
         if encoding not in ("safetensors", "bytes", "json") or batch < 1 or parallel < 1:
             raise ValueError(
-                f"wanted encoding safetensors, bytes or json, batch and parallel ≥ 1; got {encoding!r}, {batch}, {parallel}."
+                f"wanted encoding safetensors, bytes or json, and batch and parallel of at least 1; got {encoding!r}, "
+                f"{batch}, {parallel}."
             )
         try:
             import httpx

@@ -28,7 +28,7 @@ from flowalign.rewards.wire import JSON, SAFETENSORS, Limits, decode, encode_jso
 
 torch.set_num_threads(1)
 LIMITS = Limits(body=200_000, samples=8, values=3 * 64 * 64, total=3 * 64 * 64 * 4, prompt=50, waiting=4)
-QUICK = Patience(timeout=5, grace=0.2, patience=5, first=0.05, longest=0.1)
+QUICK = Patience(timeout=20, grace=0.2, patience=60, first=0.05, longest=0.1)
 
 
 class Mean(Judge):
@@ -38,11 +38,12 @@ class Mean(Judge):
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.gate = [], threading.Event()
+        self.sizes, self.gate, self.entered = [], threading.Event(), threading.Event()
         self.gate.set()
 
     def score(self, media, prompts, meta):
-        self.gate.wait(10)
+        self.entered.set()
+        self.gate.wait(30)
         self.sizes.append(len(media))
         scores = media.flatten(1).mean(1) + torch.tensor([float(len(p)) for p in prompts])
         if meta is not None:
@@ -56,6 +57,18 @@ class Mean(Judge):
             torch.where(torch.tensor([i in reasons for i in range(len(prompts))]), torch.nan, scores), reasons
         )
         return scores
+
+
+def until(condition, seconds=20):
+    """Wait for a condition; the machine may be busy, so no test counts on a fixed sleep."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def waiting(url):
+    return httpx.get(url + "/health", timeout=10).json()["waiting"]
 
 
 def free_port():
@@ -96,7 +109,7 @@ P = ["a", "bb", "ccc", "", "ünïcode ✓"]
 
 
 def post(url, body, kind=JSON, **headers):
-    return httpx.post(url + "/score", content=body, headers={"content-type": kind, **headers}, timeout=10)
+    return httpx.post(url + "/score", content=body, headers={"content-type": kind, **headers}, timeout=30)
 
 
 def alive(served):
@@ -160,10 +173,10 @@ def test_requests_that_wait_are_merged(x):
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
         threads[0].start()
-        time.sleep(0.3)  # the first is being scored; the other three pile up
+        assert reward.entered.wait(20)  # the first is being scored; the other three pile up
         for t in threads[1:]:
             t.start()
-        time.sleep(0.3)
+        until(lambda: waiting(url) == 3)
         reward.gate.set()
         for t in threads:
             t.join()
@@ -182,9 +195,11 @@ def test_one_bad_request_does_not_fail_its_neighbours(x):
             codes[i] = post(url, encode_safetensors(x[i : i + 1], [prompt]), SAFETENSORS).status_code
 
         threads = [threading.Thread(target=ask, args=(i, p)) for i, p in enumerate(["a", "ok", "refuse", "crash"])]
-        for t in threads:
+        threads[0].start()
+        assert reward.entered.wait(20)
+        for t in threads[1:]:
             t.start()
-            time.sleep(0.15)
+        until(lambda: waiting(url) == 3)
         reward.gate.set()
         for t in threads:
             t.join()
@@ -198,9 +213,10 @@ def test_a_full_queue_answers_503_with_retry_after(x):
         threads = [
             threading.Thread(target=post, args=(url, encode_safetensors(x[:1], ["a"]), SAFETENSORS)) for _ in range(2)
         ]
-        for t in threads:
-            t.start()
-            time.sleep(0.2)
+        threads[0].start()
+        assert reward.entered.wait(20)
+        threads[1].start()
+        until(lambda: waiting(url) == 1)
         full = post(url, encode_safetensors(x[:1], ["a"]), SAFETENSORS)
         assert full.status_code == 503 and full.headers["retry-after"] == "1"
         reward.gate.set()
@@ -417,7 +433,7 @@ def test_a_server_that_goes_away_pauses_the_run_and_it_resumes(x):
     result = {}
     thread = threading.Thread(target=lambda: result.update(scores=remote(x, P)))
     thread.start()
-    time.sleep(0.7)  # longer than the grace
+    until(lambda: said)
     assert thread.is_alive() and len(said) == 1 and "the run is paused, nothing is lost" in said[0]
     with running(Mean(), port):
         thread.join(10)
@@ -493,7 +509,7 @@ def test_scoring_overlaps_the_next_rollout(x):
         got = [f.result() for f in futures]
     together = time.perf_counter() - start
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert together < 0.8 * apart  # 5 × .15 s instead of 8 × .15 s
+    assert together < 0.85 * apart  # 5 × .15 s instead of 8 × .15 s
 
 
 def test_back_pressure_and_errors(x):
