@@ -78,5 +78,6 @@ def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> 
         summary["accuracy"] = {k: v.to_dict() for k, v in compare(before, after).items()}
         rest = [s for s in before.scores if s != summary["judge"]]
         summary["held_out"] = {s: {k: v.to_dict() for k, v in compare(before, after, s).items()} for s in rest}
-    run.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    text = json.dumps(summary, indent=2)
+    run.folder.write("summary.json", text + "\n")
+    return json.loads(text)
