@@ -135,6 +135,12 @@ class ShapesJudge(Judge):
             without a relation cannot be judged on it.
     """
 
+    card = Card(
+        name="shapes",
+        summary="whether a picture of the shapes world shows what its caption says: strict (0 or 1) or graded",
+        reference="this project; after GenEval, Ghosh et al. 2023, arXiv:2310.11513",
+    )
+
     def __init__(self, aspect: Aspect = "strict") -> None:
         super().__init__()
         if aspect not in ASPECTS:

@@ -235,7 +235,8 @@ def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     """Return the share of each pixel that an object covers: its signed distance, clamped to one pixel's width.
 
     Args:
-        x: pixel centres relative to the object's, in its own (turned) frame; y: likewise, downwards.
+        x: pixel centres relative to the object's, to the right in its own (turned) frame.
+        y: likewise, downwards.
         radius: the object's size in pixels, broadcast against ``x``.
         shape: index into :data:`SHAPES`, likewise.
 
