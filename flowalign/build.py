@@ -55,7 +55,7 @@ class Facts:
 
 
 WORLDS: dict[str, Facts] = {
-    "shapes": Facts("shapes", "flowalign.rewards.shapes:layout_codes", call={"guidance_scale": 1.0}),
+    "shapes": Facts("shapes", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
 }
 
 

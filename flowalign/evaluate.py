@@ -2,8 +2,8 @@
 
     accuracy     mean of the judge per category, with the standard error over images
     gain         mean of (after - before) per image; its standard error is that of the paired differences
-    layouts      exp(mean over prompts of the entropy of layouts among correct images): how many different arrangements
-                 the model still makes; the spread of pixels does not see a collapse, this does
+    layouts      exp of the entropy of layouts among correct images, over the category and as a mean over prompts: how
+                 many arrangements the model still makes; the spread of pixels does not see a collapse, this does
     drift        mean (v - v_base)² at fixed noised samples of the base: how far the field has moved ("KL" in papers)
 
 The entropy of n draws is biased low by about (support - 1)/2n, and alignment changes n. Before and after are therefore
@@ -238,7 +238,8 @@ class Comparison:
         before: mean score, and its standard error.
         after: likewise.
         gain: paired difference, and its standard error.
-        layouts: effective layouts before and after; None where they are not measured.
+        layouts: effective layouts of the category before and after; None where they are not measured.
+        per_prompt: likewise, of one prompt: exp of the mean entropy over prompts.
     """
 
     images: int
@@ -246,11 +247,13 @@ class Comparison:
     after: tuple[float, float]
     gain: tuple[float, float]
     layouts: tuple[float, float] | None
+    per_prompt: tuple[float, float] | None
 
     @property
     def kept(self) -> float | None:
-        """The share of the base's layouts that is left."""
-        return None if self.layouts is None else self.layouts[1] / self.layouts[0]
+        """The share of the base's layouts that is left: the smaller of the two measures' shares."""
+        shares = [after / before for before, after in (p for p in (self.layouts, self.per_prompt) if p is not None)]
+        return min(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -281,30 +284,38 @@ def compare(before: Outcome, after: Outcome, score: str | None = None) -> dict[s
         i = before.of(name)
         a = (before.judged if score is None else before.scores[score])[i]
         b = (after.judged if score is None else after.scores[score])[i]
-        out[name] = Comparison(len(i), mean_se(a), mean_se(b), mean_se(b - a), effective_layouts(before, after, name))
+        out[name] = Comparison(len(i), mean_se(a), mean_se(b), mean_se(b - a), *effective_layouts(before, after, name))
     return out
 
 
-def effective_layouts(before: Outcome, after: Outcome, name: str) -> tuple[float, float] | None:
-    """Return the effective number of layouts of a category before and after, from equally many correct images.
+Pair = tuple[float, float]
 
-    Correct is a judge's score above one half. A prompt of which either side has fewer than two correct images says
-    nothing and is left out.
+
+def effective_layouts(before: Outcome, after: Outcome, name: str) -> tuple[Pair | None, Pair | None]:
+    """Return the effective numbers of layouts of a category before and after, over it and per prompt.
+
+    Correct is a judge's score above one half. For each prompt both sides are cut to equally many correct images; a
+    prompt of which either side has fewer than two says nothing per prompt.
     """
     if before.layout is None or after.layout is None:
-        return None
-    entropies: list[tuple[float, float]] = []
+        return None, None
+    pools: tuple[list[Tensor], list[Tensor]] = ([], [])
+    entropies: list[Pair] = []
     where = before.of(name)
     for prompt in before.row[where].unique().tolist():
         i = where[before.row[where] == prompt]
         a, b = (o.layout[i][o.judged[i] > 0.5] for o in (before, after) if o.layout is not None)
         n = min(len(a), len(b))
+        pools[0].append(a[:n])
+        pools[1].append(b[:n])
         if n >= 2:
             entropies.append((_entropy(a[:n]), _entropy(b[:n])))
+    one, two = (torch.cat(p) for p in pools)
+    whole = (math.exp(_entropy(one)), math.exp(_entropy(two))) if len(one) else None
     if not entropies:
-        return None
-    one, two = torch.tensor(entropies, dtype=torch.float64).mean(0).exp().tolist()
-    return one, two
+        return whole, None
+    first, second = torch.tensor(entropies, dtype=torch.float64).mean(0).exp().tolist()
+    return whole, (first, second)
 
 
 def _entropy(codes: Tensor) -> float:
