@@ -55,8 +55,14 @@ class Composite(Judge):
         """Return every leaf's own ``(B,)`` scores and the ``total``, each computed once; for logs and credit."""
         memo: Memo = {}
         total = self.evaluate(media, prompts, meta, memo)
-        leaves = {leaf.card.name: memo[id(leaf)] for leaf in leaves_of(self) if id(leaf) in memo}
-        return {**leaves, "total": total}
+        found: dict[str, Tensor] = {}
+        for leaf in {id(m): m for m in leaves_of(self) if id(m) in memo}.values():
+            name, count = leaf.card.name, 1
+            while name in found:  # two judges may share a name: a model with two sets of weights
+                count += 1
+                name = f"{leaf.card.name}#{count}"
+            found[name] = memo[id(leaf)]
+        return {**found, "total": total}
 
 
 def once(member: Reward, media: Tensor, prompts: Sequence[str], meta: Meta | None, memo: Memo) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class TorchvisionDetector(nn.Module):
         self.labels = tuple(labels or default.meta["categories"])
         self.model = get_model(name, weights=None, weights_backbone=None, num_classes=len(self.labels))
         if weights is None:
-            self.model.load_state_dict(default.get_state_dict(progress=False, check_hash=True, weights_only=True))
+            self.model.load_state_dict(_download(name, default))
         else:
             path = find(weights, f"{name}.safetensors", f"{name}.pth")
             fill(self.model, read(path), path)
@@ -113,6 +113,16 @@ class TorchvisionDetector(nn.Module):
             objects = [Found(self.labels[i], s, (b[0], b[1], b[2], b[3]), m) for i, s, b, m in rows]
             found.append(sorted(objects, key=lambda f: -f.score))
         return found
+
+
+def _download(name: str, weights: Any) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # urllib's errors are OSErrors
+        raise ValueError(
+            f"torchvision's weights of {name} are not in its cache and cannot be fetched ({error}). Download "
+            f"{weights.url} where there is a network and pass its path: TorchvisionDetector(weights=...)."
+        ) from error
 
 
 class TransformersDetector(nn.Module):

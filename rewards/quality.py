@@ -28,7 +28,7 @@ from flowalign.rewards.base import Judge, field
 from flowalign.rewards.clip import TwoTower
 from flowalign.rewards.towers import HFTower, Tower
 
-__all__ = ["ClipIqa", "FullReference", "Plugin", "Smoothness", "pyiqa"]
+__all__ = ["LPIPS", "PSNR", "SSIM", "ClipIqa", "FullReference", "Plugin", "Smoothness", "pyiqa"]
 
 RANGES = {
     "psnr": (5.0, 50.0),
@@ -106,6 +106,37 @@ def _per_sample(values: Any, x: Tensor) -> Tensor:
     """Return ``(B,)``: torchmetrics drops the batch dimension of one sample."""
     value = values[0] if isinstance(values, tuple) else values
     return value.reshape(len(x))
+
+
+class PSNR(FullReference):
+    """Peak signal-to-noise ratio in dB, at most 96 (an exact copy)."""
+
+    card = replace(FullReference.card, name="psnr", summary="PSNR to a reference picture, dB", weights="-", licence="-")
+
+    def __init__(self) -> None:
+        super().__init__("psnr")
+
+
+class SSIM(FullReference):
+    """Structural similarity, Gaussian window of 11."""
+
+    card = replace(FullReference.card, name="ssim", summary="SSIM to a reference picture", weights="-", licence="-")
+
+    def __init__(self) -> None:
+        super().__init__("ssim")
+
+
+class LPIPS(FullReference):
+    """Minus the learned perceptual distance.
+
+    Args:
+        net: ``alex``, ``vgg`` or ``squeeze``.
+    """
+
+    card = replace(FullReference.card, name="lpips", summary="minus LPIPS to a reference picture")
+
+    def __init__(self, net: str = "alex") -> None:
+        super().__init__("lpips", net)
 
 
 class ClipIqa(TwoTower):

@@ -95,6 +95,8 @@ def test_a_reward_used_twice_is_computed_once(red, green, x):
     assert red.calls == 1 and green.calls == 1
     parts = expression.parts(x, P)
     assert set(parts) == {"red", "green", "total"} and torch.allclose(parts["red"], r)
+    twins = (Channel(0, "same") + Channel(1, "same")).parts(x, P)
+    assert set(twins) == {"same", "same#2", "total"} and torch.allclose(twins["same#2"], g)
     assert red.calls == 2 and torch.allclose(parts["total"], r + r * g + r.clamp_min(0.4))
 
 

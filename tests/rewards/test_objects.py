@@ -16,7 +16,7 @@ from flowalign.rewards.dino import DinoSimilarity, Discriminator
 from flowalign.rewards.face import FaceIdentity
 from flowalign.rewards.geneval import COLOURS, ClipColour, GenEval, relations
 from flowalign.rewards.ocr import OCR, quoted, similarity
-from flowalign.rewards.quality import ClipIqa, FullReference, Plugin, Smoothness, pyiqa
+from flowalign.rewards.quality import LPIPS, PSNR, SSIM, ClipIqa, FullReference, Plugin, Smoothness, pyiqa
 from flowalign.rewards.spatial import Spatial, axis_angle
 from flowalign.rewards.towers import HFTower
 
@@ -161,6 +161,16 @@ def test_torchvision_detector_runs_its_published_layout(tmp_path):
     assert len(found) == len(want) == 2
     for objects in found:
         assert [f.score for f in objects] == sorted((f.score for f in objects), reverse=True)
+
+
+def test_weights_out_of_reach_are_explained(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"no route to host.*Download https://.*pass its path"):
+        TorchvisionDetector("ssdlite320_mobilenet_v3_large")
 
 
 def test_transformers_detector_runs_its_published_layout(tmp_path):
@@ -467,6 +477,8 @@ def test_full_reference_metrics():
         FullReference("ms-ssim")(x[..., :64, :64], ["", ""], [{"reference": v[..., :64, :64]} for v in y])
     with pytest.raises(ValueError, match="metric must be one of"):
         FullReference("fid")
+    assert torch.equal(PSNR()(x, ["", ""], meta), FullReference("psnr")(x, ["", ""], meta))
+    assert torch.equal(SSIM()(x, ["", ""], meta), FullReference("ssim")(x, ["", ""], meta))
 
 
 def test_lpips_is_negated_and_reads_its_published_backbone(tmp_path, monkeypatch):
@@ -479,7 +491,7 @@ def test_lpips_is_negated_and_reads_its_published_backbone(tmp_path, monkeypatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     y = torch.rand(1, 3, 64, 64)
     noise = torch.randn(y.shape)
-    metric = FullReference("lpips", net="squeeze")
+    metric = LPIPS(net="squeeze")
     meta = [{"reference": y[0]}]
     scores = [metric((y + s * noise).clamp(0, 1), [""], meta).item() for s in (0.0, 0.05, 0.3)]
     assert scores[0] == pytest.approx(0, abs=1e-6) and scores[0] > scores[1] > scores[2]
