@@ -72,43 +72,54 @@ def measure(images: Tensor, purity: float = math.inf) -> Blobs:
 
     Args:
         images: the pictures.
-        purity: greatest distance to its colour's segment at which a pixel still counts; small where grey things stand
-            beside the objects.
+        purity: greatest distance to its colour's segment, over its distance to the ground, at which a pixel still
+            counts; below 1 where grey things stand beside the objects.
     """
     images = images.float()
     h, w = images.shape[-2:]
-    ground = images.flatten(2).median(2).values[:, :, None, None]
-    span = torch.tensor(list(COLOURS.values()), device=images.device)[None, :, :, None, None] - ground[:, None]
-    offset = (images - ground)[:, None]
-    a = ((offset * span).sum(2) / span.square().sum(2)).clamp(0, 1)
-    away = (offset - a[:, :, None] * span).square().sum(2)
-    nearest = F.one_hot(away.argmin(1), len(COLOURS)).movedim(-1, 1)
-    a = a * nearest * (away.amin(1, keepdim=True).sqrt() <= purity)
+    pixels = images.flatten(2)
+    ground = pixels.median(2).values
+    offset = pixels - ground[:, :, None]
+    span = torch.tensor(list(COLOURS.values()), device=images.device) - ground[:, None]  # (B, 6, 3)
+    length, size = span.square().sum(2)[..., None], offset.square().sum(1)
+    along = span @ offset  # (B, 6, H W): <p - g, c - g>
+    a = (along / length).clamp(0, 1)
+    away, colour = (size[:, None] - 2 * a * along + a * a * length).clamp_min(0).min(1)
+    a = a.gather(1, colour[:, None])[:, 0] * (away <= purity**2 * size)
+    mine = F.one_hot(colour, len(COLOURS)).mT.float()  # (B, 6, H W)
     # a dim or bright object is an object: full coverage is what its brightest pixels show
-    peak = a.flatten(2).topk(6).values.mean(-1).clamp_min(0.5)
-    a = (a / peak[..., None, None]).clamp(max=1)
-    solid = (a > LEAST).float()
+    peak = (a[:, None] * mine).topk(6).values.mean(-1).clamp_min(0.5)
+    a = (a / peak.gather(1, colour)).clamp(max=1)
     # a lone bright pixel is noise: it must have a third of its neighbourhood with it
-    a = a * solid * (F.avg_pool2d(solid, 3, stride=1, padding=1, count_include_pad=False) > 0.3)
-    stray = ((away.amin(1).sqrt() > 0.35) & (offset[:, 0].square().sum(1).sqrt() > 0.35)).flatten(1).sum(1).float()
-    return _moments(a, h, w, stray)
+    solid = mine * (a > LEAST)[:, None]
+    crowd = F.avg_pool2d(solid.unflatten(2, (h, w)), 3, stride=1, padding=1, count_include_pad=False).flatten(2)
+    a = a * (a > LEAST) * (crowd.gather(1, colour[:, None])[:, 0] > 0.3)
+    stray = ((away.sqrt() > 0.35) & (size.sqrt() > 0.35)).sum(1).float()
+    return _moments(a, colour, mine, h, w, stray)
 
 
-def _moments(a: Tensor, h: int, w: int, stray: Tensor) -> Blobs:
-    px = (torch.arange(w, device=a.device) + 0.5)[None, None, None, :]
-    py = (torch.arange(h, device=a.device) + 0.5)[None, None, :, None]
-    area = a.sum((2, 3))
+def _moments(a: Tensor, colour: Tensor, mine: Tensor, h: int, w: int, stray: Tensor) -> Blobs:
+    """Sum over pixels: coverages and colours ``(B, H W)``, the colours as one-hot rows ``(B, 6, H W)``."""
+    index = torch.arange(h * w, device=a.device)
+    px, py = index % w + 0.5, index // w + 0.5
+
+    def total(values: Tensor) -> Tensor:
+        return (mine @ values[..., None])[..., 0]
+
+    area = total(a)
     safe = area.clamp_min(1e-6)
     gone = area < 1e-6
-    x = torch.where(gone, w / 2, (a * px).sum((2, 3)) / safe)
-    y = torch.where(gone, h / 2, (a * py).sum((2, 3)) / safe)
-    z = torch.complex(px - x[..., None, None] + 0 * a, py - y[..., None, None] + 0 * a)
-    moments = [(a * z.abs().square()).sum((2, 3)) / safe**2]
+    x = torch.where(gone, w / 2, total(a * px) / safe)
+    y = torch.where(gone, h / 2, total(a * py) / safe)
+    dx, dy = px - x.gather(1, colour), py - y.gather(1, colour)
+    moments = [total(a * (dx * dx + dy * dy)) / safe**2]
     phases = []
+    re, im = dx, dy
     for k in (2, 3, 4):
-        m = (a * z**k).sum((2, 3))
-        moments.append(m.abs() / safe ** ((k + 2) / 2))
-        phases.append(m.angle() / k)
+        re, im = re * dx - im * dy, re * dy + im * dx  # (dx + i dy)^k
+        mr, mi = total(a * re), total(a * im)
+        moments.append((mr * mr + mi * mi).sqrt() / safe ** ((k + 2) / 2))
+        phases.append(torch.atan2(mi, mr) / k)
     return Blobs(area, x, y, torch.stack(moments, -1), torch.stack(phases, -1), stray)
 
 
