@@ -9,7 +9,7 @@ arXiv 2509.23958):
     error        -mean_t |â_t - a_t|² / scale²                  continuous actions, differentiable
 
 Any callable ``(B, F, 3, H, W) -> (B, F-1, K)`` will do as g. :class:`InverseDynamics` is a small one, for small worlds:
-the demo world's own lies in ``rewards/weights/inverse_dynamics`` once it is trained.
+the demo world's own lies in ``rewards/weights/inverse_dynamics``, made by :mod:`flowalign.rewards.dynamics_training`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, field
 
-__all__ = ["WEIGHTS", "ActionAgreement", "InverseDynamics", "InverseDynamicsConfig", "fit_inverse_dynamics"]
+__all__ = ["WEIGHTS", "ActionAgreement", "InverseDynamics", "InverseDynamicsConfig"]
 
 WEIGHTS = Path(__file__).parent / "weights" / "inverse_dynamics"
 DynamicsModel = Callable[[Tensor], Tensor]
@@ -107,46 +107,6 @@ class InverseDynamics(nn.Module):
         model = cls(InverseDynamicsConfig(**json.loads((path / "config.json").read_text())))
         model.load_state_dict({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
         return model
-
-
-def fit_inverse_dynamics(
-    draw: Callable[[int], tuple[Tensor, Tensor]],
-    config: InverseDynamicsConfig,
-    *,
-    steps: int = 250,
-    rate: float = 3e-3,
-    noise: float = 0.05,
-    seed: int = 0,
-) -> InverseDynamics:
-    """Train a small model on videos whose actions are known.
-
-    Args:
-        draw: returns, for the i-th step, videos ``(B, F, 3, H, W)`` and their actions: ``(B, F-1)`` integers, or
-            ``(B, F-1, K)`` floats, which are fitted by least squares.
-        config: shape of the model.
-        steps: of Adam, with a cosine schedule.
-        rate: learning rate at the start.
-        noise: standard deviation of the pixel noise added, since generated frames are never quite clean.
-        seed: of weights and noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = InverseDynamics(config)
-    optimiser = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for i in range(steps):
-        video, actions = draw(i)
-        out = model((video + noise * torch.randn(video.shape, generator=generator)).clamp(0, 1))
-        if actions.is_floating_point():
-            loss = F.mse_loss(out, actions)
-        else:
-            loss = F.cross_entropy(out.flatten(0, 1), actions.flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return model.eval()
 
 
 @final
