@@ -1,0 +1,38 @@
+"""Every notebook runs from top to bottom in a kernel of its own, as a reader would run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Execute a notebook and return what its cells printed; a cell that raises fails the test."""
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    book = nbformat.read(path, as_version=4)
+    NotebookClient(
+        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 1, f"{path.name} draws nothing"
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def test_there_are_notebooks():
+    assert [p.name for p in NOTEBOOKS][:1] == ["01_a_step_is_a_gaussian.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_notebook(path, monkeypatch):
+    printed = run(path, monkeypatch)
+    if path.stem.startswith("01"):
+        log_z, mean = (
+            [float(w) for w in line.split() if w.replace(".", "").isdigit()] for line in printed.splitlines()
+        )
+        assert abs(log_z[0] - log_z[1]) < 0.08 and abs(mean[0] - mean[1]) < 0.08  # beside the exact answers
