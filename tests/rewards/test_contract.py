@@ -108,6 +108,10 @@ def test_scores_do_not_depend_on_the_batch(judges, batch, name):
     together = judges[name](x, p, m)
     alone = torch.cat([judges[name](x[i : i + 1], p[i : i + 1], m[i : i + 1]) for i in range(4)])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5), (together, alone)
+    if name in READS_PROMPT:  # texts that repeat, as in groups, are encoded once and must find back to their pictures
+        again = [p[2], p[0], p[2], p[0]]
+        alone = torch.cat([judges[name](x[i : i + 1], again[i : i + 1]) for i in range(4)])
+        assert torch.allclose(judges[name](x, again), alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
