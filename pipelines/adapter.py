@@ -387,13 +387,14 @@ class Adapter:
             time = torch.stack([s.to(grid.timesteps) for s in stamps])
         parts = plan.unpack(x)
         visits = [Visit(0, put=parts, real=plan.warm == "real")] if plan.warm and spot.index > 0 else []
-        if plan.way == "S" or (plan.settle and spot.index > 0):
+        enters = plan.way == "P" or (plan.way == "PS" and spot.index == 0)
+        if not enters or (plan.settle and spot.index > 0):
             visits.append(Visit(max(spot.index - 1, 0), put=parts, real=False))
         visits.append(Visit(spot.index, time=time))
         edit = None
         if spot.timestep is not None and spot.sigma is not None:
             edit = (spot.index + grid.offset, spot.timestep, spot.sigma)
-        session = plan.session(batch, visits=visits, x=parts[0] if plan.way == "P" else None, edit=edit)
+        session = plan.session(batch, visits=visits, x=parts[0] if enters else None, edit=edit)
         self._run(cond.rows, cond.guided, session, steps)
         if not session.captured:
             raise RuntimeError(f"{type(self.pipe).__name__} left its loop without a step at t = {first:.6g}.")

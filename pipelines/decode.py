@@ -44,8 +44,21 @@ class _Clamp(torch.autograd.Function):
         return grad, None, None
 
 
+INPLACE = {
+    "__iadd__": torch.add,
+    "__isub__": torch.sub,
+    "__imul__": torch.mul,
+    "__idiv__": torch.div,
+    "__itruediv__": torch.div,
+}
+
+
 class StraightThrough(TorchFunctionMode):
-    """Within it, ``clamp`` to [0, 1] or [-1, 1] has the gradient of the identity; the values are the same."""
+    """Within it, ``clamp`` to [0, 1] or [-1, 1] has the gradient of the identity; the values are the same.
+
+    Pipelines also write into their latents after the loop, as nobody was to differentiate them (Kandinsky 5, Marigold):
+    augmented assignments become new tensors, and slices become copies, so that what backward has saved stays.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,8 +69,14 @@ class StraightThrough(TorchFunctionMode):
             low = args[1] if len(args) > 1 else kwargs.get("min")
             high = args[2] if len(args) > 2 else kwargs.get("max")
             if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) in RANGES:
-                return _Clamp.apply(args[0], low, high)
-        return func(*args, **kwargs)
+                return _Clamp.apply(args[0], low, high)  # type: ignore[no-untyped-call]
+        name = getattr(func, "__name__", "")
+        if name in INPLACE and isinstance(args[0], Tensor) and args[0].requires_grad:
+            return INPLACE[name](*args)
+        out = func(*args, **kwargs)
+        if name == "__getitem__" and isinstance(out, Tensor) and out.requires_grad:
+            return out.clone()
+        return out
 
 
 class Decoder:

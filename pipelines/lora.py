@@ -157,7 +157,13 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
         _check_fits(file, networks)
         where = {"weight_name": file.name, "adapter_name": name}
         if has_loader(pipe, networks):
-            pipe.load_lora_weights(str(file.parent), **where, **({"load_into_transformer_2": True} if second else {}))
+            try:
+                pipe.load_lora_weights(
+                    str(file.parent), **where, **({"load_into_transformer_2": True} if second else {})
+                )
+            except AttributeError:  # the loader of Kolors goes on to a text_encoder_2 that it does not have
+                if not any(name in adapters(network) for network in networks.values()):
+                    raise
         else:
             network = next(iter(networks.values()))
             if callable(getattr(network, "load_lora_adapter", None)):

@@ -153,7 +153,9 @@ def tiling(adapter: Adapter) -> None:
     """Let the autoencoder decode in tiles."""
     vae = adapter.tap.modules().get("vae")
     if vae is None or not callable(getattr(vae, "enable_tiling", None)):
-        raise ValueError(f"the autoencoder of {type(adapter.pipe).__name__} does not decode in tiles; use decode(chunk=1).")
+        raise ValueError(
+            f"the autoencoder of {type(adapter.pipe).__name__} does not decode in tiles; use decode(chunk=1)."
+        )
     vae.enable_tiling()
 
 

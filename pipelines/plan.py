@@ -23,7 +23,8 @@ class Plan:
     """How one kind of call is driven.
 
     Attributes:
-        way: ``P`` replaces the result of ``prepare_latents``; ``S`` lets ``step`` return x.
+        way: ``P`` replaces the result of ``prepare_latents``; ``S`` lets ``step`` return x; ``PS`` is P at the start of
+            the grid and S after it, where what is computed from the starting latents must stay theirs.
         shapes: of what ``step`` receives, per scheduler, with the batch in front if ``batched``.
         dtypes: the precision each of them has in the pipeline's own loop.
         blocks: 2 where the loop's variable is the doubled guidance batch (DiT).
@@ -41,7 +42,7 @@ class Plan:
         stamp_dims: dimensions of the timestep that the pipeline hands to ``step``.
     """
 
-    way: Literal["P", "S"]
+    way: Literal["P", "S", "PS"]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     blocks: int

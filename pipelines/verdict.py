@@ -106,9 +106,9 @@ def examine(adapter: Adapter, cond: Inputs, steps: int = 2) -> Verdict:
     if first.status == "passes" or not adapter.plans:
         return first
     cold = dict(adapter.plans)
-    # iteration 0 first (variables bound or caches filled there); or x by way of step(), where what is computed before the
-    # loop from the starting latents must stay theirs (Kandinsky 2.2 inpainting, Cosmos 2.5 with an image)
-    others: tuple[dict[str, Any], ...] = ({"warm": "dummy"}, {"warm": "real"}, {"way": "S"})
+    # iteration 0 first (variables bound or caches filled there); or x by way of step() after the start, where what was
+    # computed from the starting latents must stay theirs (Kandinsky 2.2 inpainting, Cosmos 2.5 with an image)
+    others: tuple[dict[str, Any], ...] = ({"warm": "dummy"}, {"warm": "real"}, {"way": "PS"})
     for change in others:
         adapter.plans = {key: replace(plan, **change) for key, plan in cold.items()}
         try:

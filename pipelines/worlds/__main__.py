@@ -1,11 +1,17 @@
-"""Make and measure worlds: ``python -m flowalign.pipelines.worlds list | make NAME | card NAME``."""
+"""Make and measure worlds: ``python -m flowalign.pipelines.worlds list | make NAME | card NAME | clip``.
+
+A command may join generators and judges; their packages may not.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--shorten", type=float, default=1.0, help="fraction of the steps to do, to try things out")
     make.add_argument("--fresh", action="store_true", help="do not resume")
     make.add_argument("--threads", type=int, default=1)
+    clip = commands.add_parser("clip", help="train the small CLIP reward and measure how it agrees with the judge")
+    clip.add_argument("--steps", type=int, default=1500)
+    clip.add_argument("--samples", type=int, default=512, help="pictures of `shapes` per category for the agreement")
     card = commands.add_parser("card", help="measure a world and write card.json, card.md and samples.png beside it")
     card.add_argument("name", choices=WORLDS)
     card.add_argument("--folder", type=Path)
@@ -56,11 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
             shorten=options.shorten,
         )
         return
+    if options.command == "clip":
+        clip(options.steps, options.samples)
+        return
     card(options.folder or WEIGHTS / options.name, options.guidance, options.samples, options.steps)
 
 
 def card(folder: Path, guidance: Sequence[float], samples: int, steps: int) -> None:
-    """Measure the shapes world in ``folder``. A command may join generators and judges; their packages may not."""
+    """Measure the shapes world in ``folder``."""
     from diffusers import DiffusionPipeline
 
     from flowalign.pipelines.worlds.cards import write_card
@@ -76,6 +88,50 @@ def card(folder: Path, guidance: Sequence[float], samples: int, steps: int) -> N
     pipe = DiffusionPipeline.from_pretrained(folder)
     write_card(pipe, folder, verdict, guidance=guidance, samples=samples, steps=steps)
     sys.stdout.write((folder / "card.md").read_text())
+
+
+def clip(steps: int, samples: int) -> None:
+    """Train the CLIP reward on drawn scenes; measure it on pictures of `shapes` for prompts of the report set."""
+    from diffusers import DiffusionPipeline
+
+    from flowalign.pipelines.worlds import cards, path, prompts, scenes, shapes, splits
+    from flowalign.rewards.shapes import verdicts
+    from flowalign.rewards.shapes_clip import WEIGHTS as FOLDER
+    from flowalign.rewards.shapes_clip import ShapesClip, fit_clip, save_clip
+
+    def batches(g: torch.Generator) -> tuple[Tensor, list[str]]:
+        images, index = shapes.draw(None, g, 64, shapes.HARDER)
+        return images, [str(splits.base()[int(i)]) for i in index]
+
+    torch.set_num_threads(1)
+    start, model, loss = time.perf_counter(), torch.nn.Module(), 0.0
+    for step, loss, model in fit_clip(batches, steps):
+        sys.stderr.write(f"\rclip {step}/{steps} loss {loss:.3f}")
+    record: dict[str, Any] = {
+        "steps": steps,
+        "batch": 64,
+        "seconds": round(time.perf_counter() - start, 1),
+        "loss": loss,
+    }
+    save_clip(model, FOLDER, record)
+    judge, pipe = ShapesClip(), DiffusionPipeline.from_pretrained(path("shapes"))
+    agreement = {}
+    for k in scenes.CATEGORIES:
+        text = cards.repeated(prompts("report", k), samples)
+        images = cards.generate(pipe, text, seed=5)
+        seen, scores = verdicts(images, text), judge(images, text)
+        agreement[k] = {
+            "auc_of_strict": round(area_under_curve(scores, seen["strict"].bool()), 3),
+            "correlation_with_graded": round(float(torch.corrcoef(torch.stack([scores, seen["graded"]]))[0, 1]), 3),
+        }
+    save_clip(model, FOLDER, {**record, "agreement": {"pictures_per_category": samples, **agreement}})
+    sys.stdout.write(json.dumps(agreement, indent=1) + "\n")
+
+
+def area_under_curve(scores: Tensor, good: Tensor) -> float:
+    """Return the chance that a good sample outscores a bad one (Mann-Whitney), ties half; NaN if one kind is missing."""
+    gap = scores[good][:, None] - scores[~good][None, :]
+    return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean())
 
 
 if __name__ == "__main__":

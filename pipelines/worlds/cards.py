@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowalign.pipelines.worlds.diversity import effective, vendi
-from flowalign.pipelines.worlds.splits import prompts
 from flowalign.pipelines.worlds.scenes import CATEGORIES, SIZE
+from flowalign.pipelines.worlds.splits import prompts
 
 __all__ = ["Figures", "Verdict", "choose_guidance", "features", "generate", "measure", "write_card"]
 

@@ -1,8 +1,8 @@
 """One seeded, resumable trainer for all worlds: AdamW with a cosine, an average of the weights, a checkpoint, a bar.
 
 A world is a :class:`World`: what it builds, which parts are trained in which order (:class:`Stage`), and the loss of
-one batch drawn on the fly. Runs on the CPU or a GPU unchanged; bf16 autocast, and the mathematical attention kernel, whose
-backward pass is the fast one on a CPU.
+one batch drawn on the fly. Runs on the CPU or a GPU unchanged; bf16 autocast, and the mathematical attention kernel,
+whose backward pass is the fast one on a CPU.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def train(
         start, seconds = time.perf_counter(), log["stages"].get(stage.name, {}).get("seconds", 0.0)
         steps = max(1, round(stage.steps * shorten))  # of the cosine
 
-        def save(inner: dict[str, Any], i: int = i, stage: Stage = stage, start: float = start) -> None:
+        def save(
+            inner: dict[str, Any], i: int = i, stage: Stage = stage, start: float = start, seconds: float = seconds
+        ) -> None:
             log["stages"][stage.name] = {
                 "steps": inner.get("step", 0),
                 "seconds": seconds + time.perf_counter() - start,
@@ -119,7 +121,7 @@ def train(
         inner = state.get("inner") if state is not None and state["stage"] == i else None
         last = _run(pipe, stage, steps, mixed(seed, i), device, inner, save)
         log["stages"][stage.name] = {
-            "steps": steps,
+            "steps": _done(stage, steps),
             "seconds": round(seconds + time.perf_counter() - start, 1),
             "loss": round(last, 5),
         }
@@ -170,7 +172,7 @@ def _run(
             a.copy_(s)
         optimizer.load_state_dict(inner["optimizer"])
     recent: list[float] = []
-    for step in _bar(stage.name, first, max(1, round(steps * stage.until)), recent):
+    for step in _bar(stage.name, first, _done(stage, steps), recent):
         g.manual_seed(seed * 1_000_003 + step)  # a step's data depend on its number alone: resuming changes nothing
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -186,14 +188,24 @@ def _run(
             recent[:] = [*recent[-9:], float(loss.detach())]
         if (step + 1) % 1000 == 0 and step + 1 < steps:
             save({"step": step + 1, "average": average, "optimizer": optimizer.state_dict()})
-    with torch.no_grad():
-        for p, a in zip(parameters, average, strict=True):
-            p.copy_(a)
-    for m in modules:
-        m.eval().requires_grad_(False)
+    _settle(modules, parameters, average)
     if stage.after is not None:
         stage.after(pipe, g.manual_seed(seed))
     return sum(recent) / max(len(recent), 1)
+
+
+def _done(stage: Stage, steps: int) -> int:
+    """Return how many of the cosine's steps the stage does."""
+    return max(1, round(steps * stage.until))
+
+
+@torch.no_grad()
+def _settle(modules: list[nn.Module], parameters: list[nn.Parameter], average: list[Tensor]) -> None:
+    """Put the averaged weights in place and freeze them."""
+    for p, a in zip(parameters, average, strict=True):
+        p.copy_(a)
+    for m in modules:
+        m.eval().requires_grad_(False)
 
 
 def _bar(name: str, first: int, steps: int, recent: list[float]) -> Iterator[int]:

@@ -149,9 +149,9 @@ def lora_gradients(s: Subject) -> float:
     try:
         return along_gradient(s)
     except AssertionError:
-        if s.begin().dtype == torch.float64:
+        if s.name not in DOUBLE:
             raise
-        return along_gradient(subject(s.name, double=True))
+        return along_gradient(subject(s.name, double=True), strict=False)
 
 
 class KeepDouble(TorchFunctionMode):
@@ -168,13 +168,19 @@ class KeepDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def along_gradient(s: Subject) -> float:
-    """Compare the norm of the gradient to the finite difference in its direction."""
-    with KeepDouble() if s.begin().dtype == torch.float64 else nullcontext():
-        return _along_gradient(s)
+def along_gradient(s: Subject, strict: bool = True) -> float:
+    """Compare the norm of the gradient to the finite difference in its direction.
+
+    ``strict``: hold a float64 pipeline to 1e-6; parts of some (rotary embeddings, gates) stay in float32 all the same.
+    """
+    wide = s.begin().dtype == torch.float64
+    with KeepDouble() if wide else nullcontext():
+        if wide and strict:
+            return _along_gradient(s, (1e-5,), 1e-6)
+        return _along_gradient(s, (3e-2, 1e-2, 1e-1, 3e-3), 1e-2)
 
 
-def _along_gradient(s: Subject) -> float:
+def _along_gradient(s: Subject, widths: tuple[float, ...], limit: float) -> float:
     parameters = s.adapter.add_lora(2, seed=1)
     generator = torch.Generator().manual_seed(3)
     for p in parameters:
@@ -193,19 +199,20 @@ def _along_gradient(s: Subject) -> float:
     assert reached >= len(parameters) // 4, f"only {reached} of {len(parameters)} LoRA tensors get a gradient"
     grads = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
     norm = torch.stack([g.double().norm() for g in grads]).norm()
-    wide = parameters[0].dtype == torch.float64
     best = float("inf")
-    for h in (1e-5,) if wide else (1e-1, 3e-2, 1e-2, 3e-3, 1e-3):
+    for h in widths:  # fourth-order central difference
         values = []
-        for sign in (1, -1):
+        for reach in (1, -1, 2, -2):
             with torch.no_grad():
                 for p, g in zip(parameters, grads, strict=True):
-                    p.add_(g / norm.to(g), alpha=sign * h)
+                    p.add_(g / norm.to(g), alpha=reach * h)
                 values.append(float(loss()))
                 for p, g in zip(parameters, grads, strict=True):
-                    p.sub_(g / norm.to(g), alpha=sign * h)
-        best = min(best, abs((values[0] - values[1]) / (2 * h) - float(norm)) / float(norm))
-    limit = 1e-6 if wide else 1e-2
+                    p.sub_(g / norm.to(g), alpha=reach * h)
+        slope = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * h)
+        best = min(best, abs(slope - float(norm)) / float(norm))
+        if best < limit:
+            break
     assert best < limit, f"gradient and finite difference differ by {best:.2e} (relative)"
     return best
 
@@ -253,13 +260,16 @@ def lora_file(s: Subject) -> float:
     with tempfile.TemporaryDirectory() as folder:
         s.adapter.save(folder)
         if lora_files.has_loader(other.pipe, again.experts) and len(s.adapter.experts) == 1:
-            other.pipe.load_lora_weights(folder)  # nothing of ours is used here
+            try:
+                other.pipe.load_lora_weights(folder)  # nothing of ours is used here
+            except AttributeError as upstream:  # Kolors: has loaded the U-Net, and then looks for a second text encoder
+                assert "text_encoder_2" in str(upstream)
         else:
             again.load_lora(Path(folder))
     _, reloaded = stock(again, cond, s.steps)
-    worst = gap(reloaded[-1], results[-1])
+    worst = max(gap(a, b) for a, b in zip(reloaded, results, strict=True))
     assert worst < 1e-6, f"reloaded LoRA gives latents {worst:.2e} away"
-    assert gap(results[-1], s.results[-1]) > 0, "the LoRA changes nothing"
+    assert max(gap(a, b) for a, b in zip(results, s.results, strict=True)) > 0, "the LoRA changes nothing"
     return worst
 
 
@@ -321,6 +331,8 @@ def batch(s: Subject) -> float:
     assert worst < 1e-3, f"a batch differs from its rows by {worst:.2e}"
     return worst
 
+
+DOUBLE = ("HiDreamImage",)  # float32 does not resolve its gates
 
 POINTS: dict[str, Callable[[Subject], float]] = {
     "rollout": ode_rollout,
