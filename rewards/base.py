@@ -125,19 +125,33 @@ class Judge(nn.Module, ABC):
     def __add__(self, other: Reward) -> Weighted:
         from flowalign.rewards.algebra import add
 
-        return add(self, other)
+        return add(self, other) if isinstance(other, Reward) else NotImplemented
+
+    def __radd__(self, other: Reward | int) -> Reward:
+        from flowalign.rewards.algebra import add
+
+        if isinstance(other, int | float) and other == 0:  # the start of sum([...])
+            return self
+        return add(other, self) if isinstance(other, Reward) else NotImplemented
 
     def __sub__(self, other: Reward) -> Weighted:
         from flowalign.rewards.algebra import add, scale
 
-        return add(self, scale(other, -1.0))
+        return add(self, scale(other, -1.0)) if isinstance(other, Reward) else NotImplemented
 
     def __mul__(self, other: float | Reward) -> Weighted | Product:
         from flowalign.rewards.algebra import multiply, scale
 
-        return scale(self, float(other)) if isinstance(other, int | float) else multiply(self, other)
+        if isinstance(other, int | float):
+            return scale(self, float(other))
+        return multiply(self, other) if isinstance(other, Reward) else NotImplemented
 
     __rmul__ = __mul__
+
+    def __truediv__(self, other: float) -> Weighted:
+        from flowalign.rewards.algebra import scale
+
+        return scale(self, 1 / other) if isinstance(other, int | float) else NotImplemented
 
     def __neg__(self) -> Weighted:
         from flowalign.rewards.algebra import scale

@@ -71,6 +71,8 @@ def test_operators_are_sums_and_products(red, green, x):
         (-red, -r),
         (red * green, r * g),
         (2 * (red + green) * 3, 6 * (r + g)),
+        (red / 2, r / 2),
+        (sum([red, green, red]), 2 * r + g),
         ((red + green) * green, (r + g) * g),
     ):
         assert isinstance(expression, Reward) and torch.allclose(expression(x, P), want, atol=1e-6)
@@ -326,6 +328,10 @@ def test_foreign_rewards_compose(red, x):
             return torch.ones(len(media)) * 7
 
     assert torch.allclose((red + Mine())(x, P), means(x)[0] + 7)
+    assert torch.allclose((Mine() + 2 * red)(x, P), 2 * means(x)[0] + 7)
+    for wrong in (lambda: red + 1.0, lambda: red - "x", lambda: red * "x", lambda: 1.0 + red, lambda: red / red):
+        with pytest.raises(TypeError):
+            wrong()
     assert isinstance(Product([Mine(), red]), Composite)
 
 
