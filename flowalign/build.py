@@ -239,6 +239,7 @@ def open_pipeline(
         return [_function(name)()] * len(guided)
     from flowalign.pipelines import load
 
+    _hush()
     facts = WORLDS.get(name)
     options = {**(facts.call if facts else {}), **call}
     made: dict[bool, Any] = {guided[0]: load(_location(name), options, guided=guided[0], device=device, dtype=dtype)}
@@ -247,6 +248,16 @@ def open_pipeline(
     for on in guided[1:]:
         made.setdefault(on, load(pipe, options, guided=on, check=False) if on not in made else None)
     return [cast(Pipeline, made[on]) for on in guided]
+
+
+def _hush() -> None:
+    """Switch off the bars that loading draws: a run has its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def open_parts(config: SteerConfig) -> tuple[Pipeline, Scorer, list[Prompt], Policy]:

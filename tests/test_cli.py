@@ -1,0 +1,166 @@
+"""The command line: help that teaches, and one-paragraph errors before any work, with a non-zero exit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowalign.cli import main
+
+PROMPTS = '{"prompt": "a", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n'
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a run of a second."""
+    monkeypatch.setattr("flowalign.report.write_report", lambda folders, path: path)
+    (tmp_path / "p.jsonl").write_text(PROMPTS)
+    text = (
+        "--pipeline tests.runworld:pipeline --reward tests.runworld:Strict --quiet --trackers --fit.groups 2 "
+        f"--fit.size 8 --fit.steps 4 --iterations 2 --evaluation.images 20 --prompts {tmp_path}/p.jsonl "
+        f"--output {tmp_path}/run"
+    )
+    return text.split()
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main(args)
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and "Traceback" not in captured.err
+    return captured.err + captured.out
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help names every command, and the methods that are there."""
+    main([])
+    text = capsys.readouterr().out
+    assert all(
+        c in text for c in ("demo", "train", "steer", "score", "evaluate", "rewards", "cite", "--output runs/first")
+    )
+    main(["train", "--help"])
+    assert "diffusion-nft" in capsys.readouterr().out
+    main(["steer", "--help"])
+    assert "best-of-n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "flow-grpo", "--help"])
+    assert exit.value.code == 0 and "--method.noise" in capsys.readouterr().out
+
+
+def test_train_and_options(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options reach the run: presets, short forms, a LoRA, and a table at the end."""
+    main(
+        [
+            "train",
+            "flow-grpo",
+            *options,
+            "--fit.lr=1e-3",
+            "--lora.rank",
+            "2",
+            "--lora.targets",
+            "0",
+            "2",
+            "--method.kl",
+            "0.1",
+        ]
+    )
+    text = capsys.readouterr().out
+    assert "held-out prompts" in text and "light" in text
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    c = summary["config"]
+    assert (c["fit.lr"], c["lora.rank"], c["method.kl"], c["fit.iterations"]) == (1e-3, 2, 0.1, 2)
+    main(["train", "--resume", "--quiet", "--output", str(tmp_path / "run"), "--iterations", "3"])
+    assert json.loads((tmp_path / "run/summary.json").read_text())["iterations"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"method": "flow-gpro"}, "no method is called 'flow-gpro'. Nearest: flow-grpo"),
+        ({"method": "best-of-n"}, "is a steering method: run flowalign steer best-of-n"),
+        ({"--pipeline": "shapse"}, "no pipeline is called 'shapse'"),
+        ({"--reward": "pikscore"}, "no reward is called 'pikscore'. Nearest: pickscore"),
+        ({"--fit.lrr": "1"}, "--fit.lr"),
+        ({"--prompts": "nothing.txt"}, "nothing.txt does not exist"),
+        ({"--fit.size": "1"}, "has no advantage"),
+        ({"method": "flow-grpo", "--fit.steps": "1", "--method.window": "None"}, "draws noise"),
+        ({"method": "flow-grpo", "--method.window": "3 9"}, "a window of steps 3 to 9 does not lie in the 4 steps"),
+        ({"--reward": "tests.runworld:Broken"}, "returned nan for sample 0"),
+        ({"--reward": "tests.runworld:BrokenShape"}, "one score per sample"),
+        ({"--reward": "tests.runworld:BrokenNone"}, "got NoneType"),
+        ({"--config": "nothing.yaml"}, "nothing.yaml cannot be read"),
+        ({"--preset": "fast"}, "no preset 'fast'"),
+        ({"--call": "hight 32"}, "takes no argument hight"),
+    ],
+)  # fmt: skip
+def test_bad_input(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], words: str
+) -> None:
+    """Every mistake is one paragraph, found before any long work, and leaves no folder behind."""
+    method = change.pop("method", "diffusion-nft")
+    if "--call" in change:
+        change["--pipeline"] = "shapes"
+    for key, value in change.items():
+        if key in options:
+            options[options.index(key) + 1] = value
+        else:
+            options += [key, *value.split()]
+    text = " ".join(fails(capsys, "train", method, *options).replace("│", " ").split())
+    assert words in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prompts(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompt files are checked with their line."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt"}\n')
+    assert "line 2" in fails(capsys, "train", "diffusion-nft", *options)
+
+
+def test_existing_run(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with a run is refused in one line."""
+    main(["train", "diffusion-nft", *options])
+    assert "holds a run already" in fails(capsys, "train", "diffusion-nft", *options)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The nearest one is named."""
+    assert "there is no command 'trian'. Nearest: train" in fails(capsys, "trian")
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    """Methods, their settings, references and rewards are printed without loading weights."""
+    main(["methods"])
+    assert "diffusion-nft" in capsys.readouterr().out
+    main(["methods", "flow-grpo"])
+    assert "preset published" in capsys.readouterr().out
+    main(["cite", "flow-grpo"])
+    assert "arXiv:2505.05470" in capsys.readouterr().out
+    main(["rewards", "--json"])
+    assert any(c["name"] == "pickscore" for c in json.loads(capsys.readouterr().out))
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are scored in order; a missing prompt or file is an error."""
+    from PIL import Image
+
+    for name, level in (("dim", 50), ("bright", 200)):
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / f"{name}.png")
+    main(["score", "tests.toy:Bright", str(tmp_path), "--prompt", "a", "--json"])
+    lines = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert [round(x["score"], 3) for x in lines] == [round(200 / 255, 3), round(50 / 255, 3)]
+    assert "has no prompt" in fails(capsys, "score", "tests.toy:Bright", str(tmp_path))
+    assert "there is no file" in fails(capsys, "score", "tests.toy:Bright", "x.png", "--prompt", "a")
+
+
+def test_evaluate_base(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base is judged by itself, and a folder that is no run is refused."""
+    folder = tmp_path / "base"
+    main(["evaluate", "--base", "--pipeline", "tests.runworld:pipeline", "--reward", "tests.runworld:Strict",
+          "--prompts", str(tmp_path / "p.jsonl"), "--evaluation.images", "20", "--output", str(folder)])  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["light"]["images"] == 20 and (folder / "before.pt").is_file()
+    assert "holds no run" in fails(capsys, "evaluate", str(tmp_path / "nothing"))
+    assert "holds no run" in fails(capsys, "report", str(tmp_path / "nothing"))

@@ -1,0 +1,86 @@
+"""The demo: what it promises is held against what came, and the whole of it runs (slow: four processes)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowalign.demo import Child, DemoOptions, run, verdict, wait
+from flowalign.folder import Folder
+
+
+def summary(gain: float, se: float = 0.01, kept: float = 0.9, other: float = 0.0) -> dict[str, Any]:
+    """Return the figures of a run."""
+    part = {"images": 1000, "before": [0.5, 0.01], "after": [0.5 + gain, 0.01]}
+    return {
+        "accuracy": {
+            "count": part | {"gain": [gain, se], "layouts_kept": kept},
+            "single": part | {"gain": [other, 0.01], "layouts_kept": 1.0},
+        },
+        "drift": 0.1, "trained_seconds": 300.0, "evaluations": 1000,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "full", "wanted"),
+    [
+        (summary(0.12), summary(0.05), False, [True, True, True, True]),
+        (summary(0.05), summary(0.12), False, [True, True, True, True]),
+        (summary(0.12, se=0.03), summary(0.05), False, [False, True, True, True]),
+        (summary(0.12), summary(0.03), False, [True, False, True, True]),
+        (summary(0.12, kept=0.7), summary(0.05), False, [True, True, False, True]),
+        (summary(0.12, other=-0.04), summary(0.05), False, [True, True, True, False]),
+        (summary(0.12), summary(0.05), True, [False, True, True, True]),
+    ],
+)
+def test_verdict(one: dict, two: dict, full: bool, wanted: list[bool]) -> None:
+    """Each promise is kept or broken by its own figure; the hacked run promises nothing."""
+    found = verdict({"a": one, "b": two, "hacked": summary(0.4, kept=0.05, other=-0.2)}, full)
+    assert list(found["promises"].values()) == wanted and found["focus"] == "count"
+    assert found["runs"]["hacked"]["layouts_kept"] == 0.05
+
+
+def test_existing_folder(tmp_path: Path) -> None:
+    """Nothing is overwritten."""
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        run(DemoOptions(output=tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_failed_run_is_not_swallowed(tmp_path: Path) -> None:
+    """The end of the log is shown, and the other runs are ended."""
+    (tmp_path / "bad.log").write_text("the reason")
+    bad = Child("bad", Folder(tmp_path / "bad"), subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]), 1.0)
+    good = Child(
+        "good", Folder(tmp_path / "good"), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]), 1.0
+    )
+    with pytest.raises(RuntimeError, match=r"failed with code 3(.|\n)*the reason"):
+        wait([bad, good], progress=False)
+    assert good.process.wait(timeout=10) != 0
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the toy: base, two methods, the hacked run and the control; a table, one report, a verdict."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n')
+    options = (
+        f"--pipeline tests.runworld:pipeline --reward tests.runworld:Strict --prompts {prompts} "
+        "--evaluation.layouts tests.runworld:quadrant --device cpu"
+    )
+    found = run(
+        DemoOptions(minutes=1.2, images=60, output=tmp_path / "demo", control=True, options=options), progress=False
+    )
+    text = capsys.readouterr().out
+    assert "Flow-GRPO" in text and "control" in text and "report.html" in text
+    assert json.loads((tmp_path / "demo/summary.json").read_text())["promises"] == found["promises"]
+    assert (tmp_path / "demo/report.html").stat().st_size > 50_000
+    bases = {(tmp_path / "demo" / n / "before.pt").read_bytes() for n in ("flow-grpo", "diffusion-nft", "control")}
+    assert len(bases) == 1
+    assert Folder(tmp_path / "demo/control").config().permute
