@@ -3,8 +3,8 @@
 A pixel's chroma is its RGB seen along the grey axis, ``u = R - (G + B)/2, w = √3/2 (G - B)``; its length is 0 on any
 grey ground and about .7 in an object. Lightly smoothed, it is cut at :data:`CHROMA`; neighbouring pixels of the same of
 six hues form a piece (labels spread along rows and columns until nothing changes). A piece of :data:`LEAST` pixels or
-more is an object. Its coverage ``a`` is the unsmoothed chroma over its own peak, clamped to [0, 1], on the piece and the
-pixels around it. Each shape, drawn at the piece's centroid with the piece's area, is compared by the soft overlap
+more is an object. Its coverage ``a`` is the unsmoothed chroma over its own peak, clamped to [0, 1], on the piece and
+the pixels around it. Each shape, drawn at the piece's centroid with the piece's area, is compared by the soft overlap
 
     fit = Σ min(a, T) / Σ max(a, T)          (1 for the same; an equal-area circle and square: about .85)
 
@@ -80,7 +80,7 @@ def find_objects(images: Tensor) -> Objects:
 
 
 def _pieces(kind: Tensor) -> Tensor:
-    """Return ``(B, H, W)`` labels of 4-connected pieces of equal ``kind``: their largest pixel number; 0 for kind -1."""
+    """Return ``(B, H, W)`` labels of 4-connected pieces of equal ``kind``, 0 for kind -1."""
     _, h, w = kind.shape
     number = torch.arange(1, h * w + 1, device=kind.device, dtype=torch.int32).view(1, h, w)
     label = torch.where(kind >= 0, number, 0)

@@ -105,7 +105,8 @@ def clip(steps: int, samples: int) -> None:
 
     torch.set_num_threads(1)
     start, model, loss = time.perf_counter(), torch.nn.Module(), 0.0
-    for step, loss, model in fit_clip(batches, steps):
+    for step, loss, net in fit_clip(batches, steps):
+        model = net
         sys.stderr.write(f"\rclip {step}/{steps} loss {loss:.3f}")
     record: dict[str, Any] = {
         "steps": steps,
@@ -129,7 +130,7 @@ def clip(steps: int, samples: int) -> None:
 
 
 def area_under_curve(scores: Tensor, good: Tensor) -> float:
-    """Return the chance that a good sample outscores a bad one (Mann-Whitney), ties half; NaN if one kind is missing."""
+    """Return the chance that a good sample outscores a bad one, ties half; NaN if one kind is missing."""
     gap = scores[good][:, None] - scores[~good][None, :]
     return float(((gap > 0).double() + 0.5 * (gap == 0).double()).mean())
 

@@ -6,7 +6,14 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from flowalign.pipelines.worlds.scenes import (
-    COLOURS, RELATIONS, SHAPES, Caption, Group, Layout, captions, draw,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Caption,
+    Group,
+    Layout,
+    captions,
+    draw,
 )  # fmt: skip
 
 

@@ -2,11 +2,10 @@ import random
 
 import pytest
 import torch
+from shapes_pictures import near_miss, pictures
 
 from flowalign.rewards.base import Unjudged
 from flowalign.rewards.shapes import ASPECTS, ShapesJudge, verdicts
-
-from shapes_pictures import near_miss, pictures
 
 
 def precision_recall(n, seed):

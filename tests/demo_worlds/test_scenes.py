@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from flowalign.pipelines.worlds.scenes import (
-    CATEGORIES, MAX_OBJECTS, RELATIONS, Layout, captions, draw, parse, relation_holds,
+    CATEGORIES,
+    MAX_OBJECTS,
+    RELATIONS,
+    Layout,
+    captions,
+    draw,
+    parse,
+    relation_holds,
 )  # fmt: skip
 from flowalign.rewards import objects, shapes
 
