@@ -99,6 +99,10 @@ def test_per_sample_shapes_and_precision():
     assert work_dtype(like) == torch.float32 and work_dtype(like.double()) == F64
     assert per_sample(0.5, like).shape == () and per_sample(0.5, like).dtype == torch.float32
     assert per_sample(torch.arange(3.0), like).shape == (3, 1, 1, 1)
+    assert (
+        per_sample(0.5, like.double()).dtype == F64
+        and per_sample(torch.ones(3, dtype=F64), like).dtype == torch.float32
+    )
     assert per_sample(torch.arange(3.0), torch.zeros(3)).shape == (3,)
     spatial = torch.ones(1, 1, 4, 4, dtype=F64)
     assert per_sample(spatial, like).shape == spatial.shape
@@ -109,3 +113,5 @@ def test_per_sample_shapes_and_precision():
 def test_sampling_keeps_the_precision_of_the_law():
     g = Gaussian(torch.zeros(2, 3, dtype=F64), torch.ones((), dtype=F64))
     assert g.sample(torch.ones(2, 3, dtype=torch.float32)).dtype == F64
+    single = Gaussian(torch.zeros(2, 3), torch.ones(()))
+    assert single.sample(torch.ones(2, 3, dtype=F64)).dtype == torch.float32
