@@ -9,7 +9,7 @@ frames (moves and paths). Asked are
     smooth    the root mean square residual of the fit ≤ .3 pixels: constant acceleration, or constant velocity
     law       v and a inside the intervals of the motion (:data:`LAWS`): direction, gravity, slope
 
-``strict`` is 1 where all four hold. ``graded`` in [0, 1] is their mean, each ``exp(-excess)`` in units of its tolerance.
+``strict`` is 1 where all four hold. ``graded`` in [0, 1] is their mean, each ``exp(-excess)`` in tolerances.
 Newton's laws as rewards for video: Le et al. 2025, arXiv 2512.00425 (by optical flow: :mod:`flowalign.rewards.newton`).
 """
 
@@ -33,7 +33,7 @@ __all__ = ["LAWS", "ShapesVideo", "VideoFindings", "parse"]
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 WORDS = re.compile(r"a (\w+) (\w+) (moving (\w+)( then (\w+))?|falling|thrown (left|right)|sliding (left|right))")
 CATEGORIES = ("move", "path", "fall", "throw", "slide")
-MASS, SMOOTH, PURITY, LEAST = 0.3, 0.3, 0.25, 3.0
+MASS, SMOOTH, PURITY, LEAST = 0.3, 0.3, 0.4, 3.0
 Interval = tuple[float, float]
 # (v_x, v_y, a_x, a_y) in pixels per frame and per frame²; x is mirrored for "left"
 LAWS: dict[str, tuple[Interval, Interval, Interval, Interval]] = {
@@ -128,7 +128,7 @@ class ShapesVideo(Judge):
         if self.measure == "strict":
             return seen.right.float()
         parts = {"matter": seen.matter, "shape": seen.shape, "smooth": seen.smooth, "law": seen.law}
-        graded = {k: torch.exp(-(v - (k != "law")).clamp_min(0)) for k, v in parts.items()}
+        graded = {k: torch.exp(-(v - float(k != "law")).clamp_min(0)) for k, v in parts.items()}
         return graded[self.measure] if self.measure != "graded" else torch.stack(list(graded.values())).mean(0)
 
     def findings(self, video: Tensor, prompts: Sequence[str]) -> VideoFindings:

@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+
+from flowalign.pipelines.worlds import video
+from flowalign.rewards.dynamics_training import accuracy, still
+from flowalign.rewards.idm import WEIGHTS, ActionAgreement, InverseDynamics
+from flowalign.rewards.shapes_video import CATEGORIES, ShapesVideo, parse
+
+torch.set_num_threads(1)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return video.draw(generator(1), 300)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    pipe = video.build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_drawing_is_seeded_and_stays_in_the_picture(drawn):
+    assert torch.equal(video.draw(generator(1), 300).video, drawn.video)
+    assert drawn.video.shape == (300, 9, 3, 16, 16)
+    assert drawn.track.min() > 2
+    assert drawn.track.max() < 14
+    group = video.GROUP[drawn.motion]
+    assert torch.bincount(group, minlength=5).min() > 35  # every category equally often
+
+
+def test_tracks_obey_the_formulas(drawn):
+    step = drawn.track.diff(dim=1)
+    bend = step.diff(dim=1)
+    group = video.GROUP[drawn.motion]
+    down = torch.tensor([0.0, video.GRAVITY])
+    for k in (2, 3):  # falls and throws
+        torch.testing.assert_close(bend[group == k], down.expand_as(bend[group == k]), atol=1e-4, rtol=0)
+    assert step[group == 2][:, 0].abs().max() < 0.12  # from rest: g / 2 in the first step
+    slides = bend[group == 4]
+    assert (slides.norm(dim=-1) - video.SLIDE).abs().max() < 1e-3
+    side = torch.where(drawn.motion[group == 4] == 19, -1.0, 1.0)
+    angle = torch.atan2(slides[..., 1], slides[..., 0] * side[:, None]) * 180 / math.pi
+    assert (angle - 40).abs().max() < 0.2
+    thrown = step[group == 3][:, 0, 0]
+    assert (thrown.sign() == torch.where(drawn.motion[group == 3] == 17, -1.0, 1.0)).all()
+    actions = drawn.actions()
+    unit = torch.tensor(video.STEP)[actions.clamp_min(0)]
+    along = (step * unit).sum(-1)[group < 2]
+    assert ((along > 0.69) & (along < 1.11)).all()
+    assert (actions[group >= 2] == -1).all()
+    assert (actions[:, :4] == actions[:, :1]).all()
+
+
+def test_words_and_splits():
+    parts = {s: set(video.compositions(s)) for s in ("base", "train", "select", "report", "withheld")}
+    assert not parts["base"] & parts["withheld"]
+    assert parts["train"] | parts["select"] | parts["report"] == parts["base"]
+    assert len(parts["base"]) + len(parts["withheld"]) == 21 * 6 * 3
+    everything = parts["base"] | parts["withheld"]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert {(x[i], x[j]) for x in parts["train"]} == {(x[i], x[j]) for x in everything}
+    for x in everything:
+        colour, shape, category, _ = parse(video.caption(*x))
+        assert (colour, shape) == x[1:]
+        assert CATEGORIES[int(video.GROUP[x[0]])] == category
+    for words in ("a red circle", "a red bar falling", "a pink circle falling", "a red circle moving up then up", ""):
+        with pytest.raises(ValueError, match="not a caption"):
+            parse(words)
+
+
+def strict(media, prompts):
+    return float(ShapesVideo()(media, prompts).mean())
+
+
+def test_the_judge_is_exact_on_drawn_videos(drawn):
+    assert strict(drawn.video, drawn.prompts) >= 0.99
+    seen = ShapesVideo().findings(drawn.video, drawn.prompts)
+    assert (seen.track - drawn.track).abs().mean() < 0.1  # triangles' centroids and ramps' shadows included
+    noisy = (drawn.video + 0.05 * torch.randn(drawn.video.shape, generator=generator())).clamp(0, 1)
+    assert strict(noisy, drawn.prompts) >= 0.97
+
+
+def test_the_judge_refuses_wrong_motion_and_broken_laws(drawn):
+    names = drawn.names.clone()
+    names[:, 0] = (names[:, 0] + torch.randint(1, 21, (300,), generator=generator())) % 21
+    assert strict(drawn.video, [video.caption(*x) for x in names.tolist()]) == 0
+    shaped = drawn.names.clone()
+    shaped[:, 2] = (shaped[:, 2] + 1) % 3
+    assert strict(drawn.video, [video.caption(*x) for x in shaped.tolist()]) < 0.02
+    assert strict(drawn.video[:, [0, 2, 1, 4, 3, 6, 5, 8, 7]], drawn.prompts) == 0  # trembling
+    assert strict(drawn.video[:, :1].expand(-1, 9, -1, -1, -1), drawn.prompts) == 0  # standing still
+    backwards = ShapesVideo()(drawn.video.flip(1), drawn.prompts)
+    assert backwards[video.GROUP[drawn.motion] != 1].max() == 0  # falls rise; "up then down" is itself again
+    lost = drawn.video.clone()
+    lost[:, 5] = video.BACKGROUND
+    assert strict(lost, drawn.prompts) == 0
+    falls = (video.GROUP[drawn.motion] == 2).nonzero()[:, 0]
+    slow = drawn.video[falls][:, [0, 0, 1, 1, 2, 2, 3, 3, 4]]
+    assert strict(slow, [drawn.prompts[i] for i in falls.tolist()]) == 0  # a quarter of the gravity
+
+
+def test_graded_parts_fall_with_the_faults(drawn):
+    prompts = drawn.prompts
+    whole = ShapesVideo("graded")(drawn.video, prompts)
+    assert whole.mean() > 0.995
+    frozen = drawn.video[:, :1].expand(-1, 9, -1, -1, -1)
+    assert ShapesVideo("smooth")(frozen, prompts).min() == 1  # a still video is smooth ...
+    assert ShapesVideo("law")(frozen, prompts).max() < 0.9  # ... and against every law
+    assert (ShapesVideo("graded")(frozen, prompts) < whole).all()
+    with pytest.raises(ValueError, match="measure must be"):
+        ShapesVideo("hard")
+    with pytest.raises(ValueError, match="at least 5 frames"):
+        ShapesVideo()(drawn.video[:1, :4], prompts[:1])
+
+
+def test_the_shipped_inverse_dynamics_reads_the_actions(drawn):
+    model = InverseDynamics.load(WEIGHTS)
+    told = video.GROUP[drawn.motion] < 2
+    media, actions = drawn.video[told], drawn.actions()[told]
+    assert accuracy(model, media, actions) > 0.99
+    held, kept = still(media, actions, generator(), 4)
+    assert (kept == 4).float().mean() == pytest.approx(0.2, abs=0.03)
+    assert accuracy(model, held, kept) > 0.99
+    meta = [{"actions": a} for a in actions]
+    words = [p for p, t in zip(drawn.prompts, told.tolist(), strict=True) if t]
+    assert ActionAgreement()(media, words, meta).mean() > 0.99
+    mirrored = ActionAgreement()(media.flip(-1), words, meta)
+    sideways = (actions < 2).float().mean(1)
+    torch.testing.assert_close(mirrored, 1 - sideways, atol=0.15, rtol=0)  # left and right trade places
+
+
+def test_still_pairs_keep_the_order_of_the_rest():
+    clip = torch.arange(9.0).reshape(1, 9, 1, 1, 1).expand(2, -1, 3, 2, 2)
+    actions = torch.arange(8).expand(2, -1) % 4
+    held, kept = still(clip, actions, generator(1), 4)
+    for frames, got in zip(held[:, :, 0, 0, 0].tolist(), kept.tolist(), strict=True):
+        for before, after, action in zip(frames[:-1], frames[1:], got, strict=True):
+            assert action == (4 if after == before else int(before) % 4)
+
+
+def test_the_autoencoder_is_exact(drawn, pipe):
+    x = 2 * drawn.video[:8].movedim(2, 1) - 1
+    with torch.no_grad():
+        z = pipe.vae.encode(x).latent_dist.mode()
+        assert (pipe.vae.decode(z).sample - x).abs().max() < 2e-3
+        assert pipe.vae.encode(x).latent_dist.std.max() < 1e-4
+    mean, std = (
+        torch.tensor(v).reshape(1, -1, 1, 1, 1) for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    ours = video.latents(pipe.vae, drawn.video[:8])
+    torch.testing.assert_close((z - mean) / std, ours, atol=5e-3, rtol=0)
+    assert float(video.latents(pipe.vae, drawn.video).std()) == pytest.approx(1, abs=0.1)
+
+
+def test_training_sees_what_the_pipeline_computes(drawn, pipe, monkeypatch):
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    monkeypatch.setattr(video, "BATCH", 300)
+    monkeypatch.setattr(video, "DROPOUT", 0.0)
+    monkeypatch.setattr(video, "draw", lambda g, n: drawn)
+    with torch.no_grad():
+        loss = video.flow_loss(pipe, generator())
+        media = video.sample(pipe, drawn.prompts[:2], steps=1)
+    hook.remove()
+    torch.testing.assert_close(seen[0]["encoder_hidden_states"][:2], seen[1]["encoder_hidden_states"])
+    assert seen[0]["timestep"].max() > 500  # times run to 1000
+    assert float(loss) == pytest.approx(2.0, rel=0.05)  # |ε - x0|², both of unit variance: the output starts at zero
+    assert media.shape == (2, 9, 3, 16, 16)
