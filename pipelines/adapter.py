@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.pipelines import lora
-from flowalign.pipelines.condition import Inputs, Row, call_arguments
+from flowalign.pipelines.arguments import arguments
+from flowalign.pipelines.batching import Batching
+from flowalign.pipelines.condition import Inputs, Row
 from flowalign.pipelines.convention import Convention, convention
 from flowalign.pipelines.decode import Decoder
 from flowalign.pipelines.grid import Grid
@@ -90,8 +92,7 @@ class Adapter:
         self.plans: dict[Any, Plan] = {}
         self.grids: dict[Any, Grid] = {}
         self.starts: dict[Any, tuple[Tensor, Tensor]] = {}
-        self.per_sample: dict[Any, bool] = {}
-        self.batches: dict[Any, bool] = {}
+        self.batching = Batching(self)
         self.decoder = Decoder(self)
         self.sdpa: str | None = None
         self.setting: Setting | None = None
@@ -141,7 +142,7 @@ class Adapter:
         rows = self._rows(prompts, meta, seeds)
         cond = Inputs(rows, self.guided)
         self.example = cond[torch.tensor([0])]
-        for part in self._calls(cond):
+        for part in self.batching.calls(cond):
             session = Session(stop_at_entry=True, batch=len(part))
             self._run([rows[i] for i in part], self.guided, session)
         if self.pending:
@@ -195,7 +196,8 @@ class Adapter:
             )
         if len({r.kind for r in rows}) > 1:
             raise ValueError(
-                f"all rows of one batch need inputs of the same size; these have {sorted({str(r.kind) for r in rows})}. "
+                f"all rows of one batch need inputs of the same size; "
+                f"these have {sorted({str(r.kind) for r in rows})}. "
                 "Resize them, or encode them in separate batches."
             )
         return rows
@@ -232,7 +234,7 @@ class Adapter:
         key = (cond.rows[0].kind, cond.guided)
         if key not in self.plans:
             steps = self._two(cond)
-            self.plans[key] = learn(self.tap, self._arguments(cond.rows[:1], cond.guided, steps))
+            self.plans[key] = learn(self.tap, self.arguments(cond.rows[:1], cond.guided, steps))
         return self.plans[key]
 
     def _two(self, cond: Inputs) -> int:
@@ -291,7 +293,8 @@ class Adapter:
         grid, steps = self._locate(cond, float(t))
         if float(t) != grid.listed[0]:
             raise ValueError(
-                f"{type(self.pipe).__name__} starts at t = {grid.listed[0]:.6g} with {steps} steps, not at {float(t):.6g}. "
+                f"{type(self.pipe).__name__} starts at t = {grid.listed[0]:.6g} "
+                f"with {steps} steps, not at {float(t):.6g}. "
                 "Start at times[0]; for a clean state x0 use process.diffuse(x0, t, noise)."
             )
         key = (cond.rows[0].kind, steps, cond.guided) if not cond.rows[0].kind else None
@@ -314,7 +317,7 @@ class Adapter:
         plan = self._plan(cond)
         found: list[Tensor] = []
         with torch.no_grad():
-            for part in self._calls(cond):
+            for part in self.batching.calls(cond):
                 session = plan.session(len(part), visits=[Visit(0, real=False)], noise=value)
                 self._run([cond.rows[i] for i in part], cond.guided, session, steps)
                 found.append(plan.pack([c.sample for c in session.captured], len(part)))
@@ -342,8 +345,8 @@ class Adapter:
         want = self._plan(cond).shape
         if len(x) != len(cond) or tuple(x.shape[1:]) != want:
             raise ValueError(
-                f"states must have shape ({len(cond)}, {', '.join(map(str, want))}): one row per condition, in the layout "
-                f"that the pipeline's scheduler sees; got {tuple(x.shape)}."
+                f"states must have shape ({len(cond)}, {', '.join(map(str, want))}): one row per condition, in "
+                f"the layout that the pipeline's scheduler sees; got {tuple(x.shape)}."
             )
 
     def _evaluate(self, x: Tensor, t: Time, cond: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,7 +357,7 @@ class Adapter:
         times = torch.as_tensor(t, dtype=torch.float64).cpu()
         single = times.ndim == 0 or bool((times == times[0]).all())
         groups: list[tuple[Any, list[int]]]
-        if single or self._spreads(x, times, cond):
+        if single or self.batching.spreads(x, times, cond):
             shared: Any = float(times.reshape(-1)[0]) if single else times
             groups = [(shared, list(range(len(x))))]
         else:
@@ -362,7 +365,7 @@ class Adapter:
         pieces: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]] = []
         for when, members in groups:
             index = torch.tensor(members)
-            for part in self._calls(cond[index]):
+            for part in self.batching.calls(cond[index]):
                 own = index[torch.tensor(part)]
                 whole = len(own) == len(x)
                 part_t = when[own] if isinstance(when, Tensor) else when
@@ -403,101 +406,14 @@ class Adapter:
         seen = plan.pack([c.sample for c in session.captured], batch) if plan.settle else x
         return raw, plan.pack(outputs, batch), seen
 
-    def _spreads(self, x: Tensor, times: Tensor, cond: Inputs) -> bool:
-        """Return whether this kind of call takes one time per sample; tried once, against one call per time."""
-        key = (cond.rows[0].kind, cond.guided)
-        if key not in self.per_sample:
-            other = int((times != times[0]).nonzero()[0])
-            pair = torch.tensor([0, other])
-            self.per_sample[key] = self._try_spread(x.detach()[pair.to(x.device)], times[pair], cond[pair])
-        return self.per_sample[key]
-
-    def _try_spread(self, x: Tensor, times: Tensor, cond: Inputs) -> bool:
-        if len(self._calls(cond)) > 1 or any(self._locate(cond, float(v))[1] != self.steps for v in times):
-            return False
-        with torch.no_grad():
-            apart = torch.cat([self._step(x[i : i + 1], float(times[i]), cond[torch.tensor([i])])[1] for i in (0, 1)])
-            try:
-                together = self._step(x, times, cond)[1]
-            except Exception:  # whatever the pipeline does with t, it does not take a vector: that is the answer
-                return False
-        return self._agree(together, apart, self._plan(cond))
-
     # -- calls -------------------------------------------------------------------------------------------------
-    def _calls(self, cond: Inputs) -> list[list[int]]:
-        """Return which rows share a call: all of them, those that are the same, or each its own.
-
-        Tried once for each kind of input: some pipelines take one prompt only, and some let the prompts of a batch
-        change each other (padding to the longest), which would make a sample depend on its neighbours.
-        """
-        if len(cond) == 1:
-            return [[0]]
-        ids = [row.identity for row in cond.rows]
-        groups: dict[Any, list[int]] = {}
-        for i, identity in enumerate(ids):
-            groups.setdefault(identity, []).append(i)
-        key = (cond.rows[0].kind, cond.guided)
-        if len(groups) > 1:
-            if (key, "mixed") not in self.batches:
-                pair = torch.tensor([0, next(i for i, other in enumerate(ids) if other != ids[0])])
-                self.batches[key, "mixed"] = self._try_batch(cond[pair])
-            if self.batches[key, "mixed"] and call_arguments(cond.rows, self.tap.accepted) is not None:
-                return [list(range(len(cond)))]
-        if all(len(members) == 1 for members in groups.values()):
-            return list(groups.values())
-        if (key, "same") not in self.batches:
-            self.batches[key, "same"] = self._try_batch(cond[torch.tensor([0, 0])])
-        if self.batches[key, "same"]:
-            return list(groups.values())
-        return [[i] for i in range(len(cond))]
-
-    def _try_batch(self, pair: Inputs) -> bool:
-        """Return whether two rows in one call give what each gives alone."""
-        plan = self._plan(pair)
-        if not plan.batched or call_arguments(pair.rows, self.tap.accepted) is None:
-            return False
-        t = self._grid(pair, self._two(pair)).listed[0]
-        device = self._device()
-        x = torch.randn(2, *plan.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.no_grad():
-            apart = torch.cat([self._step(x[i : i + 1], t, pair[torch.tensor([i])])[1] for i in (0, 1)])
-            try:
-                together = self._step(x, t, pair)[1]
-            except Exception:  # whatever the pipeline does with two rows, it does not take them: that is the answer
-                return False
-        return self._agree(together, apart, plan)
-
-    def _agree(self, a: Tensor, b: Tensor, plan: Plan) -> bool:
-        """Return whether two answers are the same to the round-off of the pipeline's precision."""
-        limit = 1e-3 if plan.dtypes[0] in (torch.float32, torch.float64) and not self._half() else 5e-2
-        return a.shape == b.shape and float((a - b).float().abs().amax()) < limit * (
-            float(b.float().abs().amax()) + 1e-12
-        )
-
-    def _half(self) -> bool:
-        return any(
-            p.dtype in (torch.float16, torch.bfloat16) for m in self.experts.values() for p in [next(m.parameters())]
-        )
-
     def _device(self) -> torch.device:
         first = next(iter(self.tap.modules().values()), None)
         return torch.device("cpu") if first is None else next(first.parameters()).device
 
-    def _arguments(self, rows: Sequence[Row], guided: bool, steps: int, output_type: str = "pt") -> dict[str, Any]:
-        own = call_arguments(rows, self.tap.accepted)
-        assert own is not None, "rows that cannot share a call"
-        accepted = self.tap.accepted
-        arguments = {**self.base, **own, "num_inference_steps": steps, "output_type": output_type, "return_dict": False}
-        if "sigmas" in self.base or "timesteps" in self.base:
-            arguments.pop("num_inference_steps")
-        if len(rows) > 1 and "batch_size" in accepted:
-            arguments["batch_size"] = len(rows)
-        device = "cpu"
-        draws = [torch.Generator(device).manual_seed(r.seed) for r in (rows if rows[0].kind else rows[:1])]
-        arguments["generator"] = draws[0] if len(draws) == 1 else draws
-        if not guided:
-            arguments |= self._unguided()
-        return {k: v for k, v in arguments.items() if k in accepted}
+    def arguments(self, rows: Sequence[Row], guided: bool, steps: int, output_type: str = "pt") -> dict[str, Any]:
+        """Return the arguments of one call; see :func:`flowalign.pipelines.arguments.arguments`."""
+        return arguments(self.tap, self.base, rows, guided, steps, output_type)
 
     def forget_setting(self) -> None:
         """Allow another precision or attention backend from here on; densities of earlier rollouts no longer apply."""
@@ -505,8 +421,9 @@ class Adapter:
 
     def relearn(self) -> None:
         """Forget everything that was learnt of the pipeline, e.g. after its precision has changed."""
-        for known in (self.plans, self.grids, self.starts, self.per_sample, self.batches):
+        for known in (self.plans, self.grids, self.starts):
             known.clear()
+        self.batching = Batching(self)
         self.memo.forget()
         self.decoder = Decoder(self)
 
@@ -523,36 +440,20 @@ class Adapter:
             self.setting = now
         elif self.setting != now:
             raise RuntimeError(
-                f"the network ran as {self.setting} before and would now run as {now}: densities of a rollout and of an "
-                "update would differ, and the ratio would not be 1. Use the same autocast, precision and attention backend "
-                "in both, or call forget_setting() if that is meant."
+                f"the network ran as {self.setting} before and would now run as {now}: densities of a rollout and "
+                "of an update would differ, and the ratio would not be 1. Use the same autocast, precision and "
+                "attention backend in both, or call forget_setting() if that is meant."
             )
 
     def _run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
         session.batch = len(rows)
         by_prompt = "encode_prompt" in vars(self.tap.shadow_class) and "prior" not in vars(self.pipe)
         session.module_memo = bool(rows[0].kind) or not by_prompt
-        arguments = self._arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
+        call = self.arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
         if self.sdpa is None:
-            return self.tap.call(arguments, session)
+            return self.tap.call(call, session)
         with sdpa_kernel(KERNELS[self.sdpa]):
-            return self.tap.call(arguments, session)
-
-    def _unguided(self) -> dict[str, Any]:
-        """Return the arguments that switch the guidance rule off; embedded guidance is the network's own and stays."""
-        accepted = self.tap.accepted
-        scales = [
-            k for k in ("true_cfg_scale", "guidance_scale", "guidance_scale_2", "audio_guidance_scale") if k in accepted
-        ]
-        if "true_cfg_scale" in scales:
-            return {"true_cfg_scale": 1.0}
-        rule = getattr(type(self.pipe), "do_classifier_free_guidance", None)
-        off = 1.0
-        if isinstance(rule, property) and rule.fget is not None:
-            bare = object.__new__(self.tap.shadow_class)
-            vars(bare).update({**vars(self.pipe), "_guidance_scale": 1.0})
-            off = 0.0 if rule.fget(bare) else 1.0
-        return dict.fromkeys(scales, off)
+            return self.tap.call(call, session)
 
     # -- media -------------------------------------------------------------------------------------------------
     def decode(

@@ -101,7 +101,7 @@ def call_arguments(rows: Sequence[Row], accepted: frozenset[str]) -> dict[str, A
     stacked along the batch; anything else must be the same for all rows.
     """
     names = sorted({name for row in rows for name in row.inputs})
-    columns = {name: [row.inputs.get(name) for row in rows] for name in names}
+    columns: dict[str, list[Any]] = {name: [row.inputs.get(name) for row in rows] for name in names}
     if "prompt" in accepted:
         columns["prompt"] = [row.prompt for row in rows]
     if len(rows) == 1:

@@ -4,10 +4,10 @@ Every convention answers four questions for one scheduler: which :class:`~flowal
 that ``step`` sees; which float times ``t`` in [0, 1] (1 = noise) its grid has; which timestep the network is given at a
 time between grid points; and how a raw model output becomes ``E[x0|x]`` and ``E[ε|x]``.
 
-    Flow        x = (1 - σ) x0 + σ ε             t = σ                       output v = ε - x0 (Mochi: clock and sign turned)
+    Flow        x = (1 - σ) x0 + σ ε             t = σ                       output v = ε - x0 (Mochi: both turned)
     Diffusion   x = √ᾱ x0 + √(1-ᾱ) ε             t = (τ + 1)/N, or by angle  output ε, x0 or v = αε - σx0
     KDiffusion  x = x0 + σ̃ ε, σ̃ = √(1-ᾱ)/√ᾱ      t by angle θ = atan σ̃       same outputs, rescaled states
-    Edm         x = x0 + σ ε                     σ = σ_max t^ρ               x0 = c_skip x + c_out F (Karras et al. 2022)
+    Edm         x = x0 + σ ε                     σ = σ_max t^ρ               x0 = c_skip x + c_out F (Karras 2022)
     Trig        x = cos θ x0 + σ_d sin θ ε       t = 2θ/π                    x0 = cos θ x - sin θ F (sCM, SanaSprint)
 
 At grid points the time is exact in float64: it is computed from the scheduler's own float32 sigma, so a kernel that

@@ -44,7 +44,7 @@ class _Clamp(torch.autograd.Function):
         return grad, None, None
 
 
-INPLACE = {
+INPLACE: dict[str, Callable[..., Tensor]] = {
     "__iadd__": torch.add,
     "__isub__": torch.sub,
     "__imul__": torch.mul,
@@ -69,7 +69,7 @@ class StraightThrough(TorchFunctionMode):
             low = args[1] if len(args) > 1 else kwargs.get("min")
             high = args[2] if len(args) > 2 else kwargs.get("max")
             if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) in RANGES:
-                return _Clamp.apply(args[0], low, high)  # type: ignore[no-untyped-call]
+                return _Clamp.apply(args[0], low, high)
         name = getattr(func, "__name__", "")
         if name in INPLACE and isinstance(args[0], Tensor) and args[0].requires_grad:
             return INPLACE[name](*args)
@@ -93,7 +93,7 @@ class Decoder:
     ) -> Tensor:
         """Return media of ``x``."""
         parts: list[Tensor] = []
-        for group in self.adapter._calls(cond):
+        for group in self.adapter.batching.calls(cond):
             for i in range(0, len(group), chunk or len(group)):
                 index = torch.tensor(group[i : i + (chunk or len(group))])
                 piece, rows = x[index.to(x.device)], cond[index]
@@ -119,8 +119,9 @@ class Decoder:
         if bool(torch.isfinite(media).all()) or not bool(torch.isfinite(x).all()):
             return
         raise ValueError(
-            f"decoding finite states gave {int((~torch.isfinite(media)).sum())} values that are not finite: the autoencoder "
-            f"of {type(self.adapter.pipe).__name__} overflows in {dtype}. Decode in float32: pipe.{name}.to(torch.float32)."
+            f"decoding finite states gave {int((~torch.isfinite(media)).sum())} values that are not finite: the "
+            f"autoencoder of {type(self.adapter.pipe).__name__} overflows in {dtype}. Decode in "
+            f"float32: pipe.{name}.to(torch.float32)."
         )
 
     def _decode(self, x: Tensor, cond: Inputs) -> Tensor:
@@ -161,9 +162,10 @@ class Decoder:
         if name is None or self.adapter.modality == "audio":
             return False
         caught: list[Any] = []
+        own: Callable[..., Any] = modules[name].decode  # type: ignore[assignment]
 
         def decode(*args: Any, **kwargs: Any) -> Any:
-            out = type(modules[name]).decode(modules[name], *args, **kwargs)
+            out = own(*args, **kwargs)
             caught.append(out[0] if isinstance(out, tuple) else out.sample)
             return out
 
@@ -231,8 +233,8 @@ class Decoder:
             z = encode_media(self._vae(), media, unpacking.latent)
             if z.shape[1] != unpacking.scale.numel():
                 raise ValueError(
-                    f"media of shape {tuple(media.shape)} encode to {z.shape[1]} numbers per sample, but states here have "
-                    f"{unpacking.scale.numel()}. Resize the media to what the pipeline makes with these arguments."
+                    f"media of shape {tuple(media.shape)} encode to {z.shape[1]} numbers per sample, but states here "
+                    f"have {unpacking.scale.numel()}. Resize the media to what the pipeline makes with these arguments."
                 )
             states = unpacking.invert(z)
         if tuple(states.shape[1:]) != plan.shape:

@@ -1,7 +1,7 @@
 """A kernel that hands the step to the pipeline's own scheduler object.
 
-Multistep solvers (UniPC, DPM++, DEIS, LMS, PNDM) keep what they saw before on themselves. Here each step runs on a fresh
-copy of the solver as it was when the loop began; whatever the step changed on it becomes the ``carry``, tensors
+Multistep solvers (UniPC, DPM++, DEIS, LMS, PNDM) keep what they saw before on themselves. Here each step runs on a
+fresh copy of the solver as it was when the loop began; whatever the step changed on it becomes the ``carry``, tensors
 ``(B, ...)`` that the core may index when particles branch or are resampled.
 
 A stochastic solver's ``prev = mean + std · z`` is read off by letting its own draw be zero and then one, so DDPM,
@@ -119,8 +119,8 @@ def _one(t: Time) -> float:
     values = torch.as_tensor(t, dtype=torch.float64).reshape(-1)
     if not bool((values == values[0]).all()):
         raise ValueError(
-            f"the pipeline's own solver takes one time for the whole batch; got {sorted(set(values.tolist()))}. Group the "
-            "batch by time, or use a kernel of flowalign.kernels."
+            f"the pipeline's own solver takes one time for the whole batch; got {sorted(set(values.tolist()))}. "
+            "Group the batch by time, or use a kernel of flowalign.kernels."
         )
     return float(values[0])
 

@@ -33,7 +33,7 @@ def load(
         guided: whether the pipeline's guidance rule is on.
         check: run two steps of the stock call against the adapter; now if a prompt is all that the pipeline needs, else
             at the first :meth:`~flowalign.pipelines.adapter.Adapter.encode`. The answer is ``generator.verdict``.
-        dtype: precision to load in (folder or id), or to convert an instantiated pipeline's copy to: not given for those.
+        dtype: precision to load in (folder or id).
         device: where to load to (folder or id).
 
     Raises:

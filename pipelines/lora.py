@@ -67,7 +67,10 @@ def add(
             matched = _targets(key, network, targets)
             network.requires_grad_(False)
             config = LoraConfig(
-                r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=matched, init_lora_weights=True
+                r=rank,
+                lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+                target_modules=matched,
+                init_lora_weights=True,
             )
             _inject(network, config, name)
             for parameter in network.parameters():

@@ -27,8 +27,8 @@ class Memory:
     """What to do about memory and speed.
 
     Attributes:
-        attention: a backend of diffusers' dispatcher (``native``, ``flash``, ``sage``, ...), ``xformers``, one of torch's
-            kernels (``math``, ``efficient``, ``flash_sdpa``, ``cudnn``), or None to leave it.
+        attention: a backend of diffusers' dispatcher (``native``, ``flash``, ``sage``, ...), ``xformers``, one of
+            torch's kernels (``math``, ``efficient``, ``flash_sdpa``, ``cudnn``), or None to leave it.
         compile: compile the repeated blocks of the networks (regional compilation).
         checkpoint: recompute blocks in the backward pass (gradient checkpointing inside the network).
         offload: move components to the accelerator only while they run (``enable_model_cpu_offload``).
@@ -106,8 +106,8 @@ def attention(adapter: Adapter, networks: Mapping[str, nn.Module], backend: str)
         dispatched = [m for m in network.modules() if "_attention_backend" in _names(getattr(m, "processor", None))]
         if not dispatched:
             raise ValueError(
-                f"{name} ({type(network).__name__}) has no dispatched attention, so the backend {backend!r} would silently "
-                f"do nothing. Use attention='xformers', or one of torch's own kernels: {', '.join(SDPA)}."
+                f"{name} ({type(network).__name__}) has no dispatched attention, so the backend {backend!r} would "
+                f"silently do nothing. Use attention='xformers', or one of torch's own kernels: {', '.join(SDPA)}."
             )
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -156,7 +156,7 @@ def tiling(adapter: Adapter) -> None:
         raise ValueError(
             f"the autoencoder of {type(adapter.pipe).__name__} does not decode in tiles; use decode(chunk=1)."
         )
-    vae.enable_tiling()
+    vae.enable_tiling()  # type: ignore[operator]
 
 
 def regional(networks: Mapping[str, nn.Module]) -> None:
@@ -164,8 +164,8 @@ def regional(networks: Mapping[str, nn.Module]) -> None:
     for name, network in networks.items():
         if not getattr(network, "_repeated_blocks", None):
             raise ValueError(
-                f"{name} ({type(network).__name__}) names no repeated blocks, so regional compilation would do nothing. "
-                "Compile the whole network yourself: network.compile()."
+                f"{name} ({type(network).__name__}) names no repeated blocks, so regional compilation would do "
+                "nothing. Compile the whole network yourself: network.compile()."
             )
     for network in networks.values():
         network.compile_repeated_blocks(fullgraph=False)  # type: ignore[operator]

@@ -112,7 +112,7 @@ def learn(tap: Tap, arguments: Mapping[str, Any]) -> Plan:
     if not probe.calls:
         raise ValueError(
             f"{name} was run, but its loop never called scheduler.step, so there is nothing to tap. Pipelines that "
-            "step copies of their scheduler or nest other pipelines are not supported: `flowalign pipelines` lists them."
+            "step copies of their scheduler or nest other pipelines are not supported: see `flowalign pipelines`."
         )
     steps = len(probe.calls)
     last = {call.scheduler: i for i, call in enumerate(probe.calls)}

@@ -1,6 +1,7 @@
 """The kernels as diffusers schedulers: a plain ``pipe(...)`` call samples with the SDE.
 
->>> pipe.scheduler = FlowSdeScheduler.from_config(pipe.scheduler.config, kernel="flow_grpo", level=0.7)  # doctest: +SKIP
+>>> config = pipe.scheduler.config  # doctest: +SKIP
+>>> pipe.scheduler = FlowSdeScheduler.from_config(config, kernel="flow_grpo", level=0.7)  # doctest: +SKIP
 >>> pipe("a red circle", generator=torch.Generator().manual_seed(0))  # doctest: +SKIP
 >>> pipe.scheduler.trace[0].log_prob  # doctest: +SKIP
 
@@ -26,7 +27,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from flowalign.kernels import Ancestral, EulerMaruyama, Kernel
-from flowalign.laws import Constant, Consistency, Cps, Ddim, FlowGrpo, Memoryless, Ode
+from flowalign.laws import Consistency, Constant, Cps, Ddim, FlowGrpo, Memoryless, Ode
 from flowalign.noise import mix
 from flowalign.pipelines.convention import Convention, Flow, convention
 from flowalign.process import Rectified

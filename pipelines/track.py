@@ -55,7 +55,7 @@ class Track(Tensor):
             if not isinstance(out, Tensor):
                 return out
             source = next((a for a in args if isinstance(a, Track)), None)
-            if source is None or out.ndim != 1 or not out.is_floating_point() and out.dtype != source.dtype:
+            if source is None or out.ndim != 1 or (not out.is_floating_point() and out.dtype != source.dtype):
                 return out.as_subclass(Tensor) if isinstance(out, Track) else out
             track = out.as_subclass(Track)
         track.walk = source.walk

@@ -82,7 +82,7 @@ def stock(adapter: Adapter, cond: Inputs, steps: int) -> tuple[list[StepCall], l
     for output_type in ("latent", "pt"):  # not every pipeline can leave its result undecoded, and they say so late
         calls.clear()
         results.clear()
-        arguments = adapter._arguments(cond.rows, cond.guided, steps, output_type)
+        arguments = adapter.arguments(cond.rows, cond.guided, steps, output_type)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)

@@ -1,6 +1,6 @@
 """What the adapter costs: its ODE rollout against ``pipe(...)``, both in one run, alternating.
 
-    python -m tests.benchmarks.bench_pipelines            CPU: tiny SD3 and Wan at batch 2 (and the demo model, if built)
+    python -m tests.benchmarks.bench_pipelines            CPU: tiny SD3 and Wan at batch 2, the demo model
     python -m tests.benchmarks.bench_pipelines --gpu      random SD3.5-medium-sized and Wan-1.3B-sized models, bf16
 
 Targets: at most 2 ms more per step on the tiny models, 1.05x on the demo model at batch 64; 1.02x and equal peak memory
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,11 @@ class Result:
         )
 
 
-HEAD = "| model | steps | pipe ms/step | ours ms/step | extra ms/step | ratio | peak memory |\n|---|---|---|---|---|---|---|"
+HEAD = "| model | steps | pipe ms | ours ms | extra ms | ratio | peak memory |\n|---|---|---|---|---|---|---|"
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Return milliseconds (of the processor on CPU, where other jobs may be running; of the wall on a GPU) and peak bytes."""
+    """Return milliseconds (of the processor on CPU, of the wall on a GPU) and peak bytes."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -73,14 +74,14 @@ def compare(
     kernel = Handover(generator)
     noise = torch.randn(len(prompts), *generator.shape(cond)).to(generator._device())
     arguments = {
-        **generator._arguments(cond.rows, True, steps, "latent"),
+        **generator.arguments(cond.rows, True, steps, "latent"),
         "generator": torch.Generator().manual_seed(0),
     }
 
     @torch.no_grad()
     def ours() -> None:
         x, carry = generator.start(noise, times[0], cond), None
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             law, carry = kernel(x, generator.posterior(x, t, cond), t, s, carry)
             x = law.mean
 

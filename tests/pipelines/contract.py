@@ -99,7 +99,7 @@ def pixels(adapter: Adapter, cond: Inputs, steps: int) -> Tensor:
     vars(pipe)["scheduler"] = copy.copy(adapter.pipe.scheduler)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        out = pipe(**adapter._arguments(cond.rows, True, steps, "pt"))
+        out = pipe(**adapter.arguments(cond.rows, True, steps, "pt"))
     if type(out[0]).__name__ == "ndarray":  # legacy code that knows no "pt"
         return torch.from_numpy(out[0]).permute(0, 3, 1, 2)
     return adapter.decoder._media(out)

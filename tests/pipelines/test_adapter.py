@@ -36,7 +36,7 @@ def test_verdict_is_given_at_wrap_time():
 
 
 def test_verdict_warns_of_a_pipeline_that_it_cannot_follow(monkeypatch):
-    case, adapter, prompt, _ = wrap("StableDiffusion3")
+    _, adapter, prompt, _ = wrap("StableDiffusion3")
     cond = adapter.encode([prompt])
     evaluate = type(adapter)._evaluate
     monkeypatch.setattr(type(adapter), "_evaluate", lambda *a: tuple(1.1 * v for v in evaluate(*a)))
@@ -109,7 +109,7 @@ def test_lora_of_another_model(tmp_path):
     _, other, _, _ = wrap("StableDiffusion3")
     with pytest.raises(ValueError, match="made for another model"):
         other.load_lora(tmp_path)
-    with pytest.raises(ValueError, match="no .safetensors"):
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
         other.load_lora(tmp_path / "missing")
     with pytest.raises(ValueError, match="already has an adapter"):
         adapter.add_lora(2)

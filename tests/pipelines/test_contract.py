@@ -5,11 +5,33 @@ import pytest
 from tests.pipelines import contract
 from tests.zoo import names
 
-REPRESENTATIVE = (
-    "StableDiffusion StableDiffusionXL StableDiffusion3 LatentConsistencyModel PixArtAlpha Sana Flux FluxKontext Flux2 "
-    "QwenImage QwenImageEdit ZImage Chroma Lumina2 CogView4 HunyuanImage Wan Wan_22 WanImageToVideo_22 LTX LTX2 "
-    "CogVideoX HunyuanVideo Mochi StableAudio"
-).split()
+REPRESENTATIVE = [
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "StableDiffusion3",
+    "LatentConsistencyModel",
+    "PixArtAlpha",
+    "Sana",
+    "Flux",
+    "FluxKontext",
+    "Flux2",
+    "QwenImage",
+    "QwenImageEdit",
+    "ZImage",
+    "Chroma",
+    "Lumina2",
+    "CogView4",
+    "HunyuanImage",
+    "Wan",
+    "Wan_22",
+    "WanImageToVideo_22",
+    "LTX",
+    "LTX2",
+    "CogVideoX",
+    "HunyuanVideo",
+    "Mochi",
+    "StableAudio",
+]
 
 # what cannot pass, and why: the table of the documentation says the same
 FAILS = {

@@ -82,7 +82,7 @@ def test_times_fall_and_are_found_again(name):
     assert (grid.times.diff() < 0).all() and grid.times[-1] == 0 and grid.times[0] <= 1
     for i, t in enumerate(grid.listed[:-1]):
         assert grid.find(t) == i and grid.spot(t).timestep is None
-    inside = (grid.listed[1] + grid.listed[0]) / 2 if "pndm" != name else (grid.listed[2] + grid.listed[3]) / 2
+    inside = (grid.listed[1] + grid.listed[0]) / 2 if name != "pndm" else (grid.listed[2] + grid.listed[3]) / 2
     spot = grid.spot(inside)
     low, high = sorted((float(grid.timesteps[spot.index]), float(grid.timesteps[spot.index + 1])))
     assert spot.timestep is not None and low <= spot.timestep <= high
@@ -119,7 +119,8 @@ def test_flow_posterior(name):
 def test_handover_is_the_scheduler_itself(name):
     """Through carry, sample by sample permuted between steps, the solver's own states come out."""
     scheduler, grid, reading = make(name)
-    plan = SimpleNamespace(extra={}, stamp_dims=0, echoed=(), looks_ahead=False, shape=(4, 3, 3), shapes=((1, 4, 3, 3),),
+    plan = SimpleNamespace(extra={}, stamp_dims=0, echoed=(), looks_ahead=False, shape=(4, 3, 3),
+                           shapes=((1, 4, 3, 3),),
                            batched=True, outputs=(1, 4, 3, 3))  # fmt: skip
     kernel = Handover(SimpleNamespace(settles=False, known_grids=lambda: [grid], any_plan=lambda: plan))
     solver = make(name)[0]
