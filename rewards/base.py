@@ -40,8 +40,8 @@ class Unjudged(ValueError):
         first = next(iter(reasons))
         super().__init__(
             f"reward {name!r} cannot judge {len(reasons)} of {len(scores)} samples; sample {first}: {reasons[first]}. "
-            "Mend or drop such samples, or give them a value of your own with "
-            "flowalign.rewards.algebra.Substitute(reward, value)."
+            "Mend or drop such samples, or give them a value of your own: algebra.Substitute(reward, value) in Python, "
+            f"{name}?unjudged=VALUE in a specification."
         )
 
 

@@ -1,16 +1,20 @@
 """Rewards by name: the dictionary, and the little language of reward specifications.
 
-    spec := term ("," term)*        term := name ["@" weights] [":" weight]
+    spec := term ("," term)*        term := name ["?" option "=" value ("&" ...)*] ["@" weights] [":" weight]
 
-``name`` is a key of ``REWARDS`` or a user's ``module:Class``; ``weights`` a hub id or a path, handed to the class as
-its argument ``weights``; ``weight`` a number, 1 where it is left out. A term's number is what stands after its last
-colon if that reads as a number, so ``my_module:MyReward:0.5`` and ``remote@http://judge:8000:0.5`` work.
+``name`` is a key of ``REWARDS`` or a user's ``module:Class``; options are arguments of the class, as in
+``geneval?mode=partial`` or ``pickscore?divisor=26``, and ``unjudged=VALUE`` gives samples that cannot be judged a value
+of the user's choice; ``weights`` is a hub id, a path or a URL, handed over as the argument ``weights``; ``weight`` is a
+number, 1 where it is left out. A term's weight is what stands after its last colon if that reads as a number, so ``my_module:MyReward:0.5`` and
+``remote@http://judge:8000:0.5`` work.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import json
 import math
 import os
 import sys
@@ -74,7 +78,13 @@ REWARDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Term:
-    """One reward of a specification: its name or dotted path, its weights (None: the published ones), its weight."""
+    """One reward of a specification.
+
+    Attributes:
+        name: its name or dotted path, with its options if there are any.
+        weights: where its weights lie; None for the published ones.
+        weight: its factor.
+    """
 
     name: str
     weights: str | None = None
@@ -96,7 +106,8 @@ def parse(spec: str) -> list[Term]:
         name, _, weights = (s.strip() for s in text.partition("@"))
         if not name or name.startswith(":") or not math.isfinite(weight):
             raise ValueError(
-                f"reward specification {spec!r} has a bad term {part!r}: write name[@weights][:weight], with commas."
+                f"reward specification {spec!r} has a bad term {part!r}: write "
+                "name[?option=value][@weights][:weight], with commas."
             )
         terms.append(Term(name, weights or None, weight))
     return terms
@@ -122,6 +133,7 @@ def locate(name: str) -> Any:
         ValueError: no such reward; the nearest valid names are given. A user's module that fails to import, or lacks
             the attribute, says so by name.
     """
+    name = name.partition("?")[0].strip()
     path = REWARDS.get(name, name)
     module, _, attribute = path.partition(":")
     if not attribute:
@@ -176,12 +188,15 @@ def load(
 
 
 def _build(term: Term, make: Any, device: torch.device | str | None, options: Mapping[str, Any]) -> Reward:
-    kwargs = dict(options)
+    kwargs = {**_query(term.name), **options}
+    fill_in = kwargs.pop("unjudged", None)
     if term.weights is not None:
         kwargs["weights"] = term.weights
     ready = not isinstance(make, type) and isinstance(make, Reward)  # a function made a reward by its decorator
     if ready and kwargs:
         raise ValueError(f"{term.name!r} is a ready reward and takes no weights or options; got {sorted(kwargs)}.")
+    if not ready:
+        _check_options(term.name, make, kwargs)
     reward = make if ready else make(**kwargs)
     if not isinstance(reward, Reward):
         raise ValueError(
@@ -190,7 +205,36 @@ def _build(term: Term, make: Any, device: torch.device | str | None, options: Ma
         )
     if device is not None and isinstance(reward, torch.nn.Module):
         reward.to(device)
-    return reward
+    if fill_in is None:
+        return reward
+    from flowalign.rewards.transforms import Substitute
+
+    return Substitute(reward, float(fill_in))
+
+
+def _query(name: str) -> dict[str, Any]:
+    """Return the options after ``?``; values are read as JSON where they can be, else as text."""
+    found: dict[str, Any] = {}
+    for part in filter(None, name.partition("?")[2].split("&")):
+        key, given, text = part.partition("=")
+        if not given or not key.strip().isidentifier():
+            raise ValueError(f"reward {name!r}: options are written name?option=value&option=value; got {part!r}.")
+        try:
+            found[key.strip()] = json.loads(text)
+        except ValueError:
+            found[key.strip()] = text.strip()
+    return found
+
+
+def _check_options(name: str, make: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that the class does not have, before its weights load."""
+    known = inspect.signature(make).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    for key in kwargs:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
+            raise ValueError(f"reward {name!r} has no option {key!r}; nearest: {', '.join(near) or 'it has none'}.")
 
 
 def cards() -> list[Card]:

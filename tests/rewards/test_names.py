@@ -117,6 +117,46 @@ def test_load_builds_published_classes_from_paths_and_options(tmp_path):
         load(f"pickscore@{clip}", options={"hps": {}})
 
 
+def test_options_are_part_of_a_name(tmp_path):
+    clip = hf_clip(tmp_path / "clip")
+    x = torch.rand(2, 3, 40, 40)
+    got = load(f"pickscore?divisor=26@{clip}:2")(x, ["a", "b"])
+    assert torch.allclose(got, 2 * PickScore(clip, divisor=26)(x, ["a", "b"]))
+    assert parse("clip?scale=100&positive=true:0.5") == [Term("clip?scale=100&positive=true", None, 0.5)]
+    assert locate("clip?scale=100") is locate("clip")
+    assert load("compressibility?quality=50&divisor=500.0").quality == 50
+    for bad, message in (
+        ("compressibility?qualty=50", "no option 'qualty'; nearest: quality"),
+        ("compressibility@weights", "no option 'weights'"),
+        ("compressibility?quality", "option=value"),
+        ("compressibility?quality=500", "JPEG quality"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(bad)
+
+
+def test_samples_that_cannot_be_judged_get_a_value_only_if_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "picky_77.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            from flowalign.protocols import Card
+            from flowalign.rewards.base import Judge
+
+            class Picky(Judge):
+                card = Card("picky", "picky")
+                def score(self, media, prompts, meta):
+                    self.unjudged(torch.tensor([1.0, torch.nan]), {1: "no"})
+            """
+        )
+    )
+    monkeypatch.chdir(tmp_path)
+    x = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="cannot judge 1 of 2"):
+        load("picky_77:Picky")(x, ["", ""])
+    assert load("picky_77:Picky?unjudged=-2")(x, ["", ""]).tolist() == [1.0, -2.0]
+
+
 def test_the_whole_package_is_reached_from_one_import():
     assert rewards.load is load
 

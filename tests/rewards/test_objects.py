@@ -1,6 +1,7 @@
 """Judges of objects, text, faces and quality: cases with known answers."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from flowalign.rewards.detect import Found, TorchvisionDetector, TransformersDet
 from flowalign.rewards.dino import DinoSimilarity, Discriminator
 from flowalign.rewards.face import FaceIdentity
 from flowalign.rewards.geneval import COLOURS, ClipColour, GenEval, relations
-from flowalign.rewards.ocr import OCR, quoted, similarity
+from flowalign.rewards.ocr import OCR, RapidReader, quoted, similarity
 from flowalign.rewards.quality import LPIPS, PSNR, SSIM, ClipIqa, FullReference, Plugin, Smoothness, pyiqa
 from flowalign.rewards.spatial import Spatial, axis_angle
 from flowalign.rewards.towers import HFTower
@@ -100,7 +101,19 @@ def test_geneval_colour_and_partial_credit():
 def test_geneval_relation_follows_the_published_rule():
     """Offset shrunk by .1 of the summed sizes, then compared with half the offset's own length."""
     b = at("dog", 50, 50)
-    for dx, dy in [(30, 0), (-30, 0), (0, 30), (30, 28), (3, 0), (30, 12), (-20, 21)]:
+    for dx, dy in [
+        (30, 0),
+        (-30, 0),
+        (0, 30),
+        (30, 28),
+        (3, 0),
+        (30, 12),
+        (-20, 21),
+        (-15, 35),
+        (15, 35),
+        (35, -15),
+        (-30, 15),
+    ]:
         a = at("cat", 50 + dx, 50 + dy)
         rest = np.maximum(np.abs([dx, dy]) - 0.1 * 40, 0) * np.sign([dx, dy])
         want = set()
@@ -242,6 +255,16 @@ def test_ocr_reads_a_real_picture_with_rapidocr():
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     reward = OCR()
     assert reward(x, ['a sign "hello 42"']).item() == 1
+
+
+def test_rapidocr_is_given_blue_first():
+    reader = RapidReader.__new__(RapidReader)
+    seen = []
+    reader.engine = lambda picture: seen.append(picture) or types.SimpleNamespace(txts=("a", "b"))
+    red = torch.zeros(4, 6, 3, dtype=torch.uint8)
+    red[..., 0] = 255
+    assert reader(red) == "ab" and seen[0].shape == (4, 6, 3)
+    assert (seen[0][..., 2] == 255).all() and (seen[0][..., :2] == 0).all()
 
 
 # ---- Spatial --------------------------------------------------------------------------------------------------------
@@ -516,7 +539,6 @@ def test_clip_iqa_and_smoothness_and_plugins(tmp_path):
 
 def test_pyiqa_is_a_hook_and_never_a_dependency(monkeypatch):
     import sys
-    import types
 
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     with pytest.raises(ImportError, match="Noncommercial"):
