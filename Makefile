@@ -38,7 +38,7 @@ test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu
 
 test-pipelines: $(READY)  ## the contract over every tiny diffusers pipeline
-	$(RUN) -m pytest tests/zoo -m "slow or not slow" -n $(WORKERS)
+	$(RUN) -m pytest tests/zoo tests/pipelines -m "slow or not slow" -n $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

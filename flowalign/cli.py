@@ -286,6 +286,13 @@ def rewards(args: list[str]) -> None:
         print(f"{c.name:20}{'/'.join(c.modality):14}{grad:11}{c.licence:16}{c.summary}")
 
 
+def pipelines(args: list[str]) -> None:
+    """``flowalign pipelines [--json]``: which diffusers pipelines pass the contract."""
+    from flowalign.pipelines.support import support, text
+
+    print(text(support(), "--json" in args))
+
+
 def cite(args: list[str]) -> None:
     """``flowalign cite METHOD...``."""
     for name in args or list(METHODS):
@@ -340,7 +347,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "score": score,
     "evaluate": _later("flowalign.judge_run"),
     "report": report,
-    "pipelines": _later("flowalign.pipelines.table"),
+    "pipelines": pipelines,
     "methods": methods,
     "rewards": rewards,
     "serve": _later("flowalign.rewards.serve"),
