@@ -5,8 +5,8 @@
 ``name`` is a key of ``REWARDS`` or a user's ``module:Class``; options are arguments of the class, as in
 ``geneval?mode=partial`` or ``pickscore?divisor=26``, and ``unjudged=VALUE`` gives samples that cannot be judged a value
 of the user's choice; ``weights`` is a hub id, a path or a URL, handed over as the argument ``weights``; ``weight`` is a
-number, 1 where it is left out. A term's weight is what stands after its last colon if that reads as a number, so ``my_module:MyReward:0.5`` and
-``remote@http://judge:8000:0.5`` work.
+number, 1 where it is left out. A term's weight is what stands after its last colon if that reads as a number, so
+``my_module:MyReward:0.5`` and ``remote@http://judge:8000:0.5`` work.
 """
 
 from __future__ import annotations
