@@ -56,6 +56,7 @@ def parse(prompt: str) -> tuple[int, int, str, tuple[str, ...]]:
         colour, shape, motion, first, _, then, thrown, sliding = found.groups()
         known = colour in COLOURS and shape in SHAPES[:3] and {first, then} <= {*DIRECTIONS, None} and first != then
         if known or (colour in COLOURS and shape in SHAPES[:3] and first is None):
+            way: tuple[str, ...]
             if first is not None:
                 category, way = ("path", (first, then)) if then else ("move", (first, first))
             elif motion == "falling":

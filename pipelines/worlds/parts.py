@@ -92,7 +92,7 @@ def autoencoder(channels: tuple[int, ...] = (16, 32), latent_channels: int = 8) 
     )
 
 
-def autoencoder_loss(vae: nn.Module, images: Tensor, noise: Tensor, kl: float = 1e-5) -> Tensor:
+def autoencoder_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, kl: float = 1e-5) -> Tensor:
     """Return |x̂ - x| + 2 |x̂ - x|² + kl · KL of pictures in [0, 1], scalar; ``noise`` has the latents' shape."""
     x = 2 * images - 1
     posterior = vae.encode(x).latent_dist
