@@ -1,8 +1,8 @@
 """Which rows and times can share one call of a pipeline: tried, never assumed.
 
 Some pipelines take one prompt only; some pad the prompts of a batch to the longest, so that a sample would depend on
-its neighbours; some read the timestep as a number, and some ignore a vector of them without a word. Each ability is tried
-once per kind of input, against one call per row, and rows are grouped accordingly.
+its neighbours; some read the timestep as a number, and some ignore a vector of them without a word. Each ability is
+tried once per kind of input, against one call per row, and rows are grouped accordingly.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ class Grid:
         if len(times) != len(timesteps) + 1 or not (times.diff()[:-1] <= 0).all() or float(times[0]) > 1 + 1e-6:
             raise ValueError(
                 f"the grid of {type(scheduler).__name__} does not fall from at most 1 to 0 as "
-                f"{type(convention).__name__} times: {times.tolist()}. Its convention is not one that flowalign knows; tell us the scheduler."
+                f"{type(convention).__name__} times: {times.tolist()}. "
+                "Its convention is not one that flowalign knows: report the scheduler."
             )
         times[0] = times[0].clamp_max(1.0)
         for i in range(1, len(times) - 1):  # what is visited twice must stay tellable by its time

@@ -68,7 +68,7 @@ def add(
             network.requires_grad_(False)
             config = LoraConfig(
                 r=rank,
-                lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+                lora_alpha=rank if alpha is None else alpha,
                 target_modules=matched,
                 init_lora_weights=True,
             )

@@ -197,12 +197,12 @@ class FlowSdeScheduler(_Sampler, FlowMatchEulerDiscreteScheduler):
     def _convention(self) -> Convention:
         return Flow(Rectified(), float(self.config.num_train_timesteps), bool(self.config.invert_sigmas))
 
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Make the grid as diffusers does, and start a new trace."""
         super().set_timesteps(*args, **kwargs)
         self._restart()
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         model_output: Tensor,
         timestep: float | Tensor,
@@ -266,7 +266,7 @@ class DiffusionSdeScheduler(_Sampler, DDIMScheduler):
         super().set_timesteps(*args, **kwargs)
         self._restart()
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         model_output: Tensor,
         timestep: int | Tensor,

@@ -134,7 +134,8 @@ class Tap:
         self.function.__kwdefaults__, self.function.__defaults__ = function.__kwdefaults__, function.__defaults__
         self.signature = inspect.signature(function)
         self.accepted = frozenset(self.signature.parameters) - {"self"}
-        self.shadow_class = _shadow_class(type(pipe))
+        kind: Any = type(pipe)
+        self.shadow_class = _shadow_class(kind)
         self.device: tuple[Any, Any] | None = None
         self.freed: dict[str, nn.Module] = {}
         memo.around = self.awake
@@ -358,10 +359,9 @@ class _Run:
         with ExitStack() as stack:
             for name, module in self.tap.modules().items() if (watch or session.module_memo) else ():
                 stack.enter_context(swapped(module, "forward", self._watch(name, module, module.forward)))
-                if session.module_memo and callable(getattr(module, "encode", None)):
-                    stack.enter_context(
-                        swapped(module, "encode", self._quiet(name + ".encode", module.encode))
-                    )
+                method: Any = getattr(module, "encode", None)
+                if session.module_memo and callable(method):
+                    stack.enter_context(swapped(module, "encode", self._quiet(name + ".encode", method)))
             yield
 
     def _watch(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -505,7 +505,7 @@ def _shadow_class(kind: Any) -> Any:  # noqa: C901 - a list of small overrides
         first = None if module is None else next(iter(module.parameters()), None)
         here = None if first is None else first.device
         if tap.device is None or tap.device[0] != here:  # the property walks all modules; ask again only if moved
-            tap.device = (here, here if tap.freed else kind._execution_device.fget(self))  # type: ignore[attr-defined]
+            tap.device = (here, here if tap.freed else kind._execution_device.fget(self))
         return tap.device[1]
 
     members: dict[str, Any] = {

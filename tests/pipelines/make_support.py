@@ -1,6 +1,6 @@
 """Write ``pipelines/support.json``: the verdict for every pipeline class of the installed diffusers.
 
-    python -m tests.pipelines.make_support [--only NAME ...] [--new]
+    python -m tests.pipelines.make_support [--only NAME ...] [--new] [--docs]
 
 Runs the contract on every case of the zoo (about a quarter of an hour on one idle core) and writes after each, so that
 it can be stopped and gone on with (``--new`` runs only what the file does not have).
@@ -20,9 +20,11 @@ os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "crit
 import diffusers
 import torch
 
-from flowalign.pipelines.support import PATH, pipeline_classes
+from flowalign.pipelines.support import PATH, markdown, pipeline_classes, support
 from tests import zoo
 from tests.pipelines import contract
+
+MARK = "## What passes"
 
 
 def verdict(name: str) -> dict[str, Any]:
@@ -39,12 +41,23 @@ def verdict(name: str) -> dict[str, Any]:
     return row
 
 
+def write_docs() -> None:
+    """Put the table under its heading in the documentation."""
+    page = PATH.parents[1] / "docs" / "pipelines.md"
+    head = page.read_text().split(MARK)[0]
+    page.write_text(head + MARK + "\n\n" + markdown(support()))
+
+
 def main() -> None:
     """Run and write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--new", action="store_true")
+    parser.add_argument("--docs", action="store_true", help="only write the table into docs/pipelines.md")
     options = parser.parse_args()
+    if options.docs:
+        write_docs()
+        return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,0 +1,138 @@
+"""LoRA and full weights in and out, and the options of memory and speed."""
+
+import pytest
+import torch
+
+from flowalign.pipelines import lora
+from flowalign.pipelines.memory import Memory, apply
+from flowalign.pipelines.verdict import stock
+from tests.pipelines.contract import gap, split, subject
+from tests.zoo import build
+
+
+def dressed(name):
+    s = subject(name)
+    for i, p in enumerate(s.adapter.add_lora(2, alpha=3.0)):
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p) * 0.1
+    return s
+
+
+def latents(s):
+    return stock(s.adapter, s.cond, s.steps)[1][-1]
+
+
+def test_fresh_lora_changes_nothing_and_trains_alone():
+    s = subject("StableDiffusion3")
+    parameters = s.adapter.add_lora(2)
+    assert torch.equal(latents(s), s.results[-1])
+    trained = {id(p) for p in s.adapter.denoiser.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in parameters} and parameters
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusion"])
+def test_scale_merge_and_unmerge(name):
+    s = dressed(name)
+    with_lora = latents(s)
+    assert gap(with_lora, s.results[-1]) > 1e-3
+    lora.merge(s.adapter.experts)
+    assert gap(latents(s), with_lora) < 1e-4
+    lora.unmerge(s.adapter.experts)
+    assert gap(latents(s), with_lora) < 1e-4
+    lora.scale(s.adapter.experts, 0.0)
+    assert gap(latents(s), s.results[-1]) < 1e-4
+
+
+def test_names_of_other_front_ends(tmp_path):
+    s = dressed("StableDiffusion")
+    lora.export(s.adapter.experts, tmp_path / "kohya.safetensors")
+    other = build("StableDiffusion").pipe
+    other.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    other.set_progress_bar_config(disable=True)
+    arguments = s.adapter.arguments(s.cond.rows, True, s.steps, "latent")
+    assert gap(other(**arguments)[0], latents(s)) < 1e-6
+    with pytest.raises(ValueError, match="none of"):
+        lora.export(subject("StableDiffusion3").adapter.experts, tmp_path / "empty.safetensors")
+
+
+def test_both_experts_are_saved(tmp_path):
+    s = dressed("Wan_22")
+    s.adapter.save(tmp_path)
+    other = build("Wan_22").pipe
+    other.load_lora_weights(tmp_path)
+    other.load_lora_weights(tmp_path, weight_name="transformer_2.safetensors", load_into_transformer_2=True)
+    other.set_progress_bar_config(disable=True)
+    assert gap(other(**s.adapter.arguments(s.cond.rows, True, s.steps, "latent"))[0], latents(s)) < 1e-6
+
+
+def test_full_weights(tmp_path):
+    s = subject("StableDiffusion3")
+    with torch.no_grad():
+        next(s.adapter.denoiser.parameters()).mul_(1.1)
+    s.adapter.save(tmp_path)
+    again = type(s.case.pipe).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert gap(again(**s.adapter.arguments(s.cond.rows, True, s.steps, "latent"))[0], latents(s)) < 1e-6
+
+
+# -- memory and speed --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusion"])
+def test_backends_that_would_do_nothing_are_refused(name):
+    s = subject(name)
+    with pytest.raises(ValueError, match="silently do nothing"):
+        apply(s.adapter, Memory(attention="native"))
+    apply(s.adapter, Memory(attention="math"))
+    with torch.no_grad():
+        assert (
+            gap(
+                s.adapter.posterior(s.begin(), s.times[0], s.cond).x0,
+                s.adapter.posterior(s.begin(), s.times[0], s.cond).x0,
+            )
+            == 0
+        )
+
+
+def test_dispatched_backend_is_set_on_this_model_alone():
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    s = subject("Flux")
+    before = _AttentionBackendRegistry._active_backend
+    apply(s.adapter, Memory(attention="_native_math"))
+    assert _AttentionBackendRegistry._active_backend == before
+    processors = [m.processor for m in s.adapter.denoiser.modules() if hasattr(m, "processor")]
+    assert {p._attention_backend.value for p in processors} == {"_native_math"}
+    with torch.no_grad():
+        assert gap(s.adapter.posterior(s.begin(), s.times[0], s.cond).output, s.calls[0].output) < 1e-5
+
+
+def test_gradient_checkpointing_inside_the_network():
+    s = subject("StableDiffusion3")
+    x = s.begin().clone().requires_grad_()
+    grads = []
+    for again in (False, True):
+        if again:
+            apply(s.adapter, Memory(checkpoint=True))
+        grads.append(torch.autograd.grad(s.adapter.posterior(x, s.times[1], s.cond).x0.square().sum(), x)[0])
+    assert gap(grads[1], grads[0]) < 1e-6
+
+
+def test_bf16_keeps_kernels_and_lora_in_float32():
+    s = subject("StableDiffusion3")
+    parameters = s.adapter.add_lora(2)
+    with torch.no_grad():
+        full = s.adapter.posterior(s.begin(), s.times[0], s.cond).x0
+    apply(s.adapter, Memory(bf16=True))
+    cond = s.adapter.encode([split(s.case.inputs)[0]])
+    posterior = s.adapter.posterior(s.begin(), s.times[0], cond)
+    assert posterior.x0.dtype == torch.float32 and gap(posterior.x0, full) < 0.1
+    assert {p.dtype for p in parameters} == {torch.float32}
+    posterior.x0.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_offload_without_an_accelerator():
+    s = subject("StableDiffusion3")
+    if torch.accelerator.is_available():
+        apply(s.adapter, Memory(offload=True))
+    else:
+        with pytest.raises(ValueError, match="no accelerator"):
+            apply(s.adapter, Memory(offload=True))
