@@ -44,7 +44,7 @@ BATCH = 32
 EVEN = (1.0, 1.0, 1.0, 1.0)  # single, count, relation, mixed
 HARDER = (0.1, 0.25, 0.35, 0.3)
 LAYOUT = (0.1, 0.2, 0.4, 0.3)
-SHIFT = 2.5  # of the times, towards noise, where a picture's layout is decided
+ORDER = (0.1, 0.2, 0.5, 0.2)
 DROPOUT = 0.1
 WIDTH = 128
 TEXT = WIDTH // 2  # of each CLIP encoder
@@ -157,8 +157,11 @@ def set_scale(pipe: Any, g: torch.Generator) -> None:
     normalise(pipe.vae, draw(pipe, g, 512)[0])
 
 
-def flow_loss(pipe: Any, g: torch.Generator, mix: Sequence[float] = EVEN, shift: float = 1.0) -> Tensor:
-    """Train the transformer and the text encoders by flow matching; times ``t`` become ``s t / (1 + (s - 1) t)``."""
+def flow_loss(pipe: Any, g: torch.Generator, mix: Sequence[float] = EVEN, shifts: Sequence[float] = (1.0,)) -> Tensor:
+    """Train the transformer and the text encoders by flow matching.
+
+    Times ``t`` become ``s t / (1 + (s - 1) t)``, the shifts s dealt out over the batch; s > 1 is towards noise.
+    """
     images, index = draw(pipe, g, BATCH, mix)
     with torch.no_grad():
         x0 = latents(pipe.vae, images).float()
@@ -167,7 +170,8 @@ def flow_loss(pipe: Any, g: torch.Generator, mix: Sequence[float] = EVEN, shift:
     embeds, pooled = encode(pipe, known[torch.where(empty, len(known) - 1, index)])
     noise = torch.randn(x0.shape, generator=g, device=g.device)
     t = flow_times(BATCH, g)
-    t = shift * t / (1 + (shift - 1) * t)
+    s = torch.tensor(shifts, device=g.device).repeat(BATCH)[:BATCH]
+    t = s * t / (1 + (s - 1) * t)
     x = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
     v = pipe.transformer(
         hidden_states=x, timestep=1000 * t, encoder_hidden_states=embeds, pooled_projections=pooled, return_dict=False
@@ -182,7 +186,12 @@ def harder_loss(pipe: Any, g: torch.Generator) -> Tensor:
 
 def layout_loss(pipe: Any, g: torch.Generator) -> Tensor:
     """Go on at noisier times, which decide the layout: relations were at chance when objects were right."""
-    return flow_loss(pipe, g, LAYOUT, SHIFT)
+    return flow_loss(pipe, g, LAYOUT, (2.5,))
+
+
+def order_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Go on where a caption's mean picture is all there is to know: that is where "above" is told from "below"."""
+    return flow_loss(pipe, g, ORDER, (2.0, 8.0))
 
 
 def denoisers(pipe: Any) -> list[nn.Module]:
@@ -198,6 +207,7 @@ WORLD = World(
         Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1600, lr=2e-3, after=set_scale),
         Stage("flow", denoisers, flow_loss, 7000, lr=1.2e-3, until=4 / 7),
         Stage("harder", denoisers, harder_loss, 6000, lr=1e-3, until=1 / 2),
-        Stage("layout", denoisers, layout_loss, 6000, lr=1e-3),
+        Stage("layout", denoisers, layout_loss, 6000, lr=1e-3, until=2 / 3),
+        Stage("order", denoisers, order_loss, 5000, lr=1e-3),
     ),
 )

@@ -1,0 +1,95 @@
+"""The shipped worlds: loaded by plain diffusers in a process without flowalign, and as good as their cards say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from flowalign.pipelines.worlds import cards, path, prompts
+from flowalign.pipelines.worlds.shapes import encode
+from flowalign.pipelines.worlds.store import WEIGHTS
+from flowalign.rewards.objects import find_objects
+from flowalign.rewards.shapes import verdicts
+
+PLAIN = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+image = pipe("a red circle", num_inference_steps=2, output_type="pt").images
+assert image.shape == (1, 3, 32, 32), image.shape
+assert not any(m.split(".")[0] == "flowalign" for m in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return DiffusionPipeline.from_pretrained(path("shapes"))
+
+
+def test_plain_diffusers_loads_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(path("shapes"))], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_everything_is_small_and_safetensors():
+    files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 25e6
+    assert sum(f.stat().st_size for f in files if "shapes" in f.relative_to(WEIGHTS).parts) < 7e6
+    allowed = {".safetensors", ".json", ".md", ".png", ".txt"}
+    assert {f.suffix for f in files} <= allowed
+    denoiser = load_file(path("shapes") / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {w.dtype for w in denoiser.values()} == {torch.float16}
+
+
+def test_the_pipeline_conditions_as_training_did(pipe):
+    text = ["a red circle above a blue square", "three cyan squares"]
+    tokens, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
+    ids = pipe.tokenizer(text, padding="max_length", max_length=10, return_tensors="pt").input_ids
+    mine = encode(pipe, ids)
+    assert torch.equal(tokens, mine[0])
+    assert torch.equal(pooled, mine[1])
+
+
+def test_the_judge_reads_pictures_through_the_autoencoder(pipe):
+    from shapes_pictures import pictures
+
+    images, truth = pictures(96, 7, noise=0, blur=0, gain=0)
+    with torch.no_grad():
+        again = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5
+    assert verdicts(again.clamp(0, 1), list(map(str, truth)))["strict"].mean() >= 0.98
+
+
+def test_it_draws_what_is_asked_for_and_leaves_room(pipe):
+    text = cards.repeated(prompts("report", "single"), 36) + cards.repeated(prompts("report", "count"), 36)
+    images = cards.generate(pipe, text, guidance=1.5, seed=11)
+    strict = verdicts(images, text)["strict"]
+    assert strict[:36].mean() >= 0.8  # the card: above .9
+    assert 0.3 <= strict[36:].mean() <= 0.95  # room to learn
+    assert len(find_objects(images).row) > 36
+
+
+def test_measure_counts_layouts_of_correct_pictures_only():
+    images = torch.zeros(8, 3, 32, 32)
+
+    def verdict(media, text):
+        return torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]), torch.tensor([1, 1, 2, 2, 3, 4, 5, 6])
+
+    figures = cards.measure(images, ["a red circle"] * 8, verdict)
+    assert (figures.accuracy, figures.layouts) == (0.5, pytest.approx(2))
+    assert figures.error == pytest.approx((0.25 / 8) ** 0.5)
+
+
+def test_the_card_is_written(tmp_path, pipe):
+    def verdict(media, text):
+        return torch.ones(len(media)), torch.arange(len(media))
+
+    card = cards.write_card(pipe, tmp_path, verdict, guidance=[1.0], samples=4, steps=1)
+    assert card["report"]["count"]["accuracy"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"card.json", "card.md", "samples.png"}
+    assert "| single | report | 4 | 1.000" in Path(tmp_path / "card.md").read_text()
