@@ -287,7 +287,7 @@ def test_noise_aware_student_foresees_better_than_one_that_is_blind_to_time(vit)
     merit, t = torch.rand(n, generator=g), torch.rand(n, generator=g) * 0.8
     x = torch.full((n, 3, 28, 28), 0.2)
     x[:, 0] = (0.2 + 0.8 * merit * (1 - t)).view(-1, 1, 1)
-    teacher = 20 + 3 * merit
+    teacher = 20 + 30 * merit
     errors = {}
     for timed in (True, False):
         torch.manual_seed(0)
@@ -297,7 +297,7 @@ def test_noise_aware_student_foresees_better_than_one_that_is_blind_to_time(vit)
         meta = [{"time": v.item()} for v in times[200:]]
         got = student(x[200:], [""] * 40, meta)
         errors[timed] = (got - teacher[200:]).abs().mean().item()
-    assert errors[True] < 0.3 and errors[True] < 0.6 * errors[False], errors
+    assert errors[True] < 3 and errors[True] < 0.6 * errors[False], errors
     with pytest.raises(ValueError, match="'time'"):
         student(x[:1], [""])
     with pytest.raises(ValueError, match="reads the time"):
