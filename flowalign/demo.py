@@ -119,7 +119,8 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
         )
     options.output.mkdir(parents=True, exist_ok=True)
     judged, more = _base(options, progress)
-    left = options.total - (time.perf_counter() - began) - 1.2 * judged - 15
+    # the runs start, judge their small exam, are judged, and write reports outside the time they train in
+    left = options.total - (time.perf_counter() - began) - 1.2 * judged - 30
     seconds = max(left, 5.0)
     runs = [Child.start(m, m, options, seconds, *more) for m in ("flow-grpo", "diffusion-nft")]
     wait(runs, progress)

@@ -170,18 +170,15 @@ def examine(
     )
 
 
-def _first(names: list[str], name: str, keep: int, row: Tensor) -> list[int]:
-    """Choose ``keep`` images of a category, spread over its prompts."""
-    mine = [i for i, c in enumerate(names) if c == name]
+def _first(names: list[str], name: str, keep: int, row: Tensor, prompts: int = 8) -> list[int]:
+    """Choose ``keep`` images of a category: the first ones of a few prompts that lie evenly among its prompts."""
     by_prompt: dict[int, list[int]] = {}
-    for i in mine:
-        by_prompt.setdefault(int(row[i]), []).append(i)
-    order = [
-        i
-        for depth in range(max(map(len, by_prompt.values())))
-        for p in by_prompt.values()
-        for i in p[depth : depth + 1]
-    ]
+    for i, c in enumerate(names):
+        if c == name:
+            by_prompt.setdefault(int(row[i]), []).append(i)
+    every = list(by_prompt.values())
+    few = [every[k * len(every) // min(prompts, len(every))] for k in range(min(prompts, len(every)))]
+    order = [i for depth in range(max(map(len, few))) for p in few for i in p[depth : depth + 1]]
     return order[:keep]
 
 
