@@ -145,7 +145,8 @@ def _components(pipe: Any) -> dict[str, dict[str, Tensor]]:
 def _configs(pipe: Any) -> dict[str, dict[str, float]]:
     """Return what a stage may have written into the autoencoder's configuration: the scale of its latents."""
     keys = ("shift_factor", "scaling_factor")
-    found = {k: m.config for k, m in pipe.components.items() if isinstance(m, ConfigMixin) and isinstance(m, nn.Module)}
+    nets = {k: m for k, m in pipe.components.items() if isinstance(m, ConfigMixin) and isinstance(m, nn.Module)}
+    found: dict[str, Any] = {k: m.config for k, m in nets.items()}
     return {k: {x: c[x] for x in keys if c.get(x) is not None} for k, c in found.items() if any(x in c for x in keys)}
 
 
