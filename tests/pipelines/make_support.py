@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "critical"
@@ -43,7 +44,7 @@ def verdict(name: str) -> dict[str, Any]:
 
 def write_docs() -> None:
     """Put the table under its heading in the documentation."""
-    page = PATH.parents[1] / "docs" / "pipelines.md"
+    page = Path(__file__).parents[2] / "docs" / "pipelines.md"
     head = page.read_text().split(MARK)[0]
     page.write_text(head + MARK + "\n\n" + markdown(support()))
 

@@ -35,9 +35,19 @@ REPRESENTATIVE = [
 
 # what cannot pass, and why: the table of the documentation says the same
 FAILS = {
-    "Allegro": "decoded differentiably",
-    "AnyFlowFAR": "scheduler steps in the stock call",
-    "HiDreamImage": "gradient and finite difference",
+    "AceStep_guided": "model outputs differ",  # its guidance keeps a momentum: no function of (x, t)
+    "Allegro": "decoded differentiably",  # tiles larger than the tiny clip
+    "AnyFlowFAR": "scheduler steps in the stock call",  # chunk by chunk
+    "HiDreamImage": "gradient and finite difference",  # its experts run under no_grad
+    "JoyImageEditPlus": "free rollout",  # reference latents are rewritten in place
+    "LTXCondition": "model outputs differ",  # noise is drawn inside the loop
+    "LTXI2VLongMultiPrompt": "scheduler steps in the stock call",  # tile by tile
+    "MarigoldNormals": "inplace operation",  # normalised in place
+    "SanaWM": "free rollout",  # each step agrees
+    "ShapE": "output types",  # no tensor output
+    "ShapEImg2Img": "output types",
+    "ZImageControlNet": "gradient_checkpointing",  # an attribute that diffusers 0.42.1 forgot
+    "ZImageControlNetInpaint": "gradient_checkpointing",
 }
 
 
@@ -55,7 +65,7 @@ def test_all(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAILS)
 def test_what_fails_says_why(name):
-    with pytest.raises((AssertionError, ValueError), match=FAILS[name]):
+    with pytest.raises((AssertionError, ValueError, RuntimeError, AttributeError), match=FAILS[name]):
         contract.check(name)
 
 
