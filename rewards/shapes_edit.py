@@ -11,7 +11,7 @@ one. With Δ the displacement of the named object's centroid, ρ the ratio of it
 ``strict`` is 1 where all of it holds and the named object keeps its shape, else 0. ``graded`` in [0, 1] is the mean of
 how far the edit got (Δ, θ or log ρ over what is asked, between 0 and 1) and how much was kept
 (``exp(-(excess over half the tolerance))``, the worst object). On 10,000 drawn edits
-the strict verdict passes .9988, with noise .05 .9965, blurred (σ = .6) .993, with gains of .85 to 1.15 per channel .9987;
+the strict verdict passes .9988, with noise .05 .9965, blurred (σ = .6) .993, with gains .85 to 1.15 a channel .9987;
 of as many pictures left untouched it passes none. The idea of rewarding the measured displacement, turn or
 scale is Talk2Move's (Tan et al. 2026, arXiv 2601.02356); the formulas are this project's.
 """
