@@ -337,10 +337,11 @@ def drift(
     """
     cond = pipeline.encode(list(prompts), list(meta))
     g = torch.Generator().manual_seed(seed)
+    device = next(pipeline.denoiser.parameters()).device
     gaps = []
     for t in DRIFT_TIMES:
         noise = torch.randn(x0.shape, generator=g)
-        x = policy.process.diffuse(x0, t, noise)
+        x = policy.process.diffuse(x0, t, noise).to(device)
         base = policy.posterior(x, t, cond, "reference").velocity
         with policy.playing(role):
             gaps.append(((policy.posterior(x, t, cond).velocity - base) ** 2).mean())

@@ -86,11 +86,12 @@ class FlowGRPO(Training):
                 note="SD3.5-M, PickScore: T = 10, guidance 4.5, two optimiser steps per rollout. Not run here.",
             ),
             "demo": Preset(
-                cls(noise=0.8, noise_law="cps", window=(0, 3), clip=None, ratio="mse", kl=0.0, std="group"),
+                cls(noise=0.8, noise_law="cps", window=(0, 3), clip=None, ratio="mse", kl=0.1, kl_scale="velocity",
+                    std="group"),
                 FitOptions(iterations=400, groups=8, size=16, steps=10, batch=192, lr=2e-4, betas=(0.9, 0.99),
                            weight_decay=0.0, warmup=5),
                 None,
                 guidance=False,
-                note="shapes: all weights, noise on the first three of ten steps.",
+                note="shapes: all weights, noise on the first three of ten steps. The penalty is a guess.",
             ),
         }  # fmt: skip
