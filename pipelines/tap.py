@@ -172,6 +172,9 @@ class Tap:
         vars(shadow)["_flowalign_run"] = run
         vars(shadow)["scheduler"] = run.stand_in(self.pipe.scheduler)
         with ExitStack() as stack:
+            stack.callback(
+                vars(run).clear
+            )  # run, stand-in and closures are a cycle: no graph may wait for the collector
             stack.callback(torch.set_grad_enabled, grad)
             stack.callback(run.restore_rng)
             stack.enter_context(run.patched())

@@ -124,7 +124,7 @@ def ode_rollout(s: Subject) -> float:
     if noises(s) is None:
         trajectory = rollout(
             Policy(s.adapter), kernel, torch.tensor(s.times, dtype=torch.float64), Nodes.enter(s.begin()), s.cond,
-            noise=Stream(0),
+            noise=Stream(torch.Generator()),
         )  # fmt: skip
         worst = gap(trajectory.levels[-1].x, s.end().float())
     else:
@@ -282,7 +282,7 @@ def ratio(s: Subject) -> float:
         y = law.sample(torch.randn(law.mean.shape, generator=torch.Generator().manual_seed(0)))
         before = law.log_prob(y)
     law, _ = kernel(x, s.adapter.posterior(x, t, s.cond), t, u)
-    value = float((law.log_prob(y) - before).exp())
+    value = float((law.log_prob(y) - before).detach().exp())
     assert value == 1.0, f"the ratio is {value!r}"
     return value
 
