@@ -69,7 +69,7 @@ class FaceIdentity(Judge):
             raise ValueError(f"how must be max or mean; got {how!r}.")
         if weights is None:
             raise ValueError(
-                "the face reward needs an ArcFace checkpoint of yours (published ones are for non-commercial research): "
+                "the face reward needs an ArcFace checkpoint of yours (published ones: non-commercial research), "
                 "face@/path/backbone.pth, or FaceIdentity(weights)."
             )
         self.network = weights if isinstance(weights, nn.Module) else IResNet(weights)
