@@ -471,7 +471,7 @@ class Adapter:
             x: ``(B, *shape)``.
             cond: B rows.
             chunk: samples decoded at a time; all when None.
-            frames: of a video, which to return; only the latents that they need are decoded.
+            frames: of a video, which to return (the clip is decoded whole, then picked from).
             checkpoint: recompute the decoder in the backward pass.
         """
         self._check(x, cond)
