@@ -37,7 +37,7 @@ def commit() -> str | None:
     try:
         name = _git(here, "rev-parse", "HEAD")
         return name + ("+" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
