@@ -7,8 +7,8 @@ is on tensors, so gradients reach the picture (the official code goes through PI
 picture tokens have *sequential* positions, not Qwen2-VL's three-dimensional ones, and every picture is scaled to
 about 256·28² pixels.
 
-Reference: Ma et al., HPSv3 (2508.03789). The instruction is part of the model, as trained: quoted from the MIT
-licensed release.
+Reference: Ma et al., HPSv3 (2508.03789). The instruction is part of the model, as trained; it is its authors' text and
+is not shipped here, so the user passes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from flowalign.rewards.qwen import Vision, chat, patches, tokenize
 __all__ = ["HPS3", "preference"]
 
 REWARD, PAD = "<|Reward|>", "<|image_pad|>"
-INSTRUCTION = (Path(__file__).parent / "hps3_instruction.txt").read_text(encoding="utf-8")
 KEYS = (
     ("model.visual.", "visual."),
     ("model.language_model.", "language_model."),
@@ -57,6 +56,8 @@ class HPS3(Judge):
     Args:
         weights: file, folder or hub id of the published layout, all of Qwen2-VL and ``rm_head.*``.
         base: where Qwen2-VL's configuration and tokenizer lie: hub id or folder. No weights are read from it.
+        instruction: the text that the release was trained with, holding ``{text_prompt}`` and ``<|Reward|>`` once each;
+            a file, or the text itself.
         pixels: number of pixels that every picture is scaled to, about.
         dtype: of Qwen2-VL; the head is float32 in any case.
     """
@@ -77,10 +78,12 @@ class HPS3(Judge):
         weights: str | Path = "MizzenAI/HPSv3:HPSv3.safetensors",
         base: str | Path = "Qwen/Qwen2-VL-7B-Instruct",
         *,
+        instruction: str | Path | None = None,
         pixels: int = 256 * 28 * 28,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
+        self.instruction = _instruction(instruction)
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
         source = folder_or_id(base)
@@ -118,7 +121,7 @@ class HPS3(Judge):
         assert isinstance(device, torch.device)
         rows, grid = patches(media.to(device).unsqueeze(1), self.sizes)
         count = int(grid[0].prod()) // self.sizes.merge**2
-        texts = [chat(INSTRUCTION.format(text_prompt=p), count) for p in prompts]
+        texts = [chat(self.instruction.replace("{text_prompt}", p), count) for p in prompts]
         ids, mask = tokenize(self.tokenizer, texts, device)
         embeds = self.model.get_input_embeddings()(ids)
         seen = self.model.get_image_features(rows.to(embeds.dtype), grid).pooler_output
@@ -151,3 +154,20 @@ def _rows(state: dict[str, Tensor], path: Path) -> int:
     if key not in state:
         raise ValueError(f"{path} is no HPSv3 checkpoint: it has neither model.embed_tokens nor the newer name of it.")
     return len(state[key])
+
+
+def _instruction(given: str | Path | None) -> str:
+    """Return the instruction's text.
+
+    Raises:
+        ValueError: if there is none, or it lacks the places of the prompt and of the score.
+    """
+    if given is None:
+        raise ValueError(
+            "hps3 needs instruction=: the text that its weights were trained on, which is not shipped here. Save it "
+            "from the authors' release (github.com/MizzenAI/HPSv3) to a file and pass its path."
+        )
+    text = given if isinstance(given, str) and "{text_prompt}" in given else Path(given).read_text(encoding="utf-8")
+    if text.count("{text_prompt}") != 1 or text.count(REWARD) != 1:
+        raise ValueError(f"the instruction must hold {{text_prompt}} and {REWARD} once each; got {text[:80]!r}...")
+    return text

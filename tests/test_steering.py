@@ -177,7 +177,7 @@ def test_dts_evidence() -> None:
 
 
 def test_dts_tree_is_consistent() -> None:
-    """Values are soft means of children, visits add up, states lie on their parents' laws, no node is evaluated twice."""
+    """Values are soft means of children, visits add up, states lie on their parents, no node is evaluated twice."""
     method = DTS(scale=2.0, widen=1.0, power=0.7)
     tree, t = grown(method, 3, 12)
     nodes, stack = 0, [(r, row) for row, r in enumerate(tree.roots)]

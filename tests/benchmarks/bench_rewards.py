@@ -62,7 +62,9 @@ def judges(home: Path) -> dict[str, Callable[[], Reward]]:
         "hps-crop": lambda: HPSCrop(hps, model="flowalign-tiny"),
         "aesthetic": lambda: Aesthetic(aesthetic_head(home / "a.pth"), clip),
         "imagereward": lambda: ImageReward(image_reward(home / "IR.pt", 160), bert_vocab(home / "bert"), head_dim=8),
-        "hps3": lambda: HPS3(weights, base, pixels=56 * 56, dtype=torch.float32),
+        "hps3": lambda: HPS3(
+            weights, base, instruction="Rate {text_prompt}: <|Reward|>", pixels=56 * 56, dtype=torch.float32
+        ),
         "dino": lambda: DinoSimilarity(vit, torch.rand(3, 3, 30, 30), size=28),
         "dino-adversarial": lambda: Discriminator(vit, size=28),
         "clip-iqa": lambda: ClipIqa(clip),

@@ -45,6 +45,7 @@ NAMES = [
     "face",
     "compressibility",
 ]
+SHORT = "Rate {text_prompt}: <|Reward|>"
 READS_PROMPT = {"pickscore", "clip-hf", "hps", "hps-crop", "imagereward", "hps3"}
 
 
@@ -55,27 +56,25 @@ def judges(tmp_path_factory):
     hps = hps_checkpoint(home / "HPS_v2.1_compressed.pt")
     base, config, vocab = qwen_base(home / "qwen")
     weights = hps3_checkpoint(home / "HPSv3.safetensors", config, vocab + 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowalign.rewards.hps3.INSTRUCTION", "Rate {text_prompt}: <|Reward|>")
-        torch.manual_seed(0)
-        pool = torch.nn.functional.normalize(torch.randn(3, 16), dim=-1)
-        yield {
-            "pickscore": PickScore(clip),
-            "clip-hf": HFClipScore(clip),
-            "hps": HPS(hps, model="flowalign-tiny"),
-            "hps-crop": HPSCrop(hps, model="flowalign-tiny"),
-            "aesthetic": Aesthetic(aesthetic_head(home / "a.pth"), clip),
-            "imagereward": ImageReward(image_reward(home / "IR.pt", 160), bert_vocab(home / "bert"), head_dim=8),
-            "hps3": HPS3(weights, base, pixels=56 * 56, dtype=torch.float32),
-            "dino": DinoSimilarity(dinos, torch.rand(3, 3, 30, 30), size=28),
-            "dino-adversarial": Discriminator(dinos, hidden=8, size=28),
-            "clip-iqa": ClipIqa(clip),
-            "psnr": FullReference("psnr"),
-            "ssim": FullReference("ssim"),
-            "smoothness": Smoothness(),
-            "face": FaceIdentity(iresnet(home / "backbone.pth"), pool, aligned=True),
-            "compressibility": Compressibility(),
-        }
+    torch.manual_seed(0)
+    pool = torch.nn.functional.normalize(torch.randn(3, 16), dim=-1)
+    yield {
+        "pickscore": PickScore(clip),
+        "clip-hf": HFClipScore(clip),
+        "hps": HPS(hps, model="flowalign-tiny"),
+        "hps-crop": HPSCrop(hps, model="flowalign-tiny"),
+        "aesthetic": Aesthetic(aesthetic_head(home / "a.pth"), clip),
+        "imagereward": ImageReward(image_reward(home / "IR.pt", 160), bert_vocab(home / "bert"), head_dim=8),
+        "hps3": HPS3(weights, base, instruction=SHORT, pixels=56 * 56, dtype=torch.float32),
+        "dino": DinoSimilarity(dinos, torch.rand(3, 3, 30, 30), size=28),
+        "dino-adversarial": Discriminator(dinos, hidden=8, size=28),
+        "clip-iqa": ClipIqa(clip),
+        "psnr": FullReference("psnr"),
+        "ssim": FullReference("ssim"),
+        "smoothness": Smoothness(),
+        "face": FaceIdentity(iresnet(home / "backbone.pth"), pool, aligned=True),
+        "compressibility": Compressibility(),
+    }
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tiny_judges import (
 from flowalign.rewards.aesthetic import Aesthetic
 from flowalign.rewards.clip import ClipScore, HFClipScore
 from flowalign.rewards.hps import HPS, HPSCrop
-from flowalign.rewards.hps3 import HPS3, INSTRUCTION, preference
+from flowalign.rewards.hps3 import HPS3, preference
 from flowalign.rewards.imagereward import ImageReward
 from flowalign.rewards.jpeg import Compressibility, Incompressibility
 from flowalign.rewards.pickscore import PickScore
@@ -252,27 +252,24 @@ def test_jpeg_equals_pillow(media):
 # ---- HPSv3 ----------------------------------------------------------------------------------------------------------
 
 
-SHORT = "Rate {text_prompt}: <|Reward|>!"  # the real instruction is 2,900 letters, which are this tokenizer's tokens
+SHORT = "Rate {text_prompt}: <|Reward|>!"
 
 
-@pytest.fixture(autouse=True)
-def short_instruction(monkeypatch):
-    monkeypatch.setattr("flowalign.rewards.hps3.INSTRUCTION", SHORT)
-
-
-def test_hps3_instruction_is_whole():
-    assert INSTRUCTION.startswith("\nYou are tasked with evaluating a generated image")
-    assert INSTRUCTION.endswith(
-        "Textual prompt - {text_prompt}\n\n\n\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n"
-    )
-    assert INSTRUCTION.count("{") == 1 and INSTRUCTION.count("<|Reward|>") == 1
+def test_hps3_asks_for_its_instruction(tmp_path):
+    with pytest.raises(ValueError, match="not shipped"):
+        HPS3("w", "b")
+    with pytest.raises(ValueError, match="once each"):
+        HPS3("w", "b", instruction="rate {text_prompt} please")
+    (tmp_path / "i.txt").write_text("no places", encoding="utf-8")
+    with pytest.raises(ValueError, match="once each"):
+        HPS3("w", "b", instruction=tmp_path / "i.txt")
 
 
 @pytest.fixture(scope="module")
 def hps3(home):
     base, config, vocab = qwen_base(home / "qwen")
     path = hps3_checkpoint(home / "HPSv3.safetensors", config, vocab + 1)
-    return base, config, path, HPS3(path, base, pixels=56 * 56, dtype=torch.float32)
+    return base, config, path, HPS3(path, base, instruction=SHORT, pixels=56 * 56, dtype=torch.float32)
 
 
 def qwen_text_by_hand(state, x):
@@ -338,7 +335,7 @@ def test_hps3_equals_its_formula_by_hand(hps3, media):
 def test_hps3_reads_both_key_layouts(home, hps3, media):
     base, config, _, reward = hps3
     new = hps3_checkpoint(home / "new.safetensors", config, config.text_config.vocab_size, layout="new")
-    again = HPS3(new, base, pixels=56 * 56, dtype=torch.float32)
+    again = HPS3(new, base, instruction=SHORT, pixels=56 * 56, dtype=torch.float32)
     assert torch.equal(again(media, PROMPTS), reward(media, PROMPTS))
 
 
