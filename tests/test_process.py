@@ -196,3 +196,13 @@ def test_selecting_and_detaching_a_posterior():
     assert one.t == 0.5 and one.v is None and one.output is None
     assert Rectified().posterior(x, torch.tensor(0.5), x0=x)[i].t == 0.5
     assert sd_alphas(10).shape == (10,)
+
+
+@pytest.mark.parametrize("process", [Rectified(), cosine()], ids=["rectified", "vp"])
+def test_renoising_adds_the_noise_with_its_sign(process):
+    """``x_t = (α_t/α_s) x_s + √(σ_t² - (α_t/α_s)² σ_s²) ε``, term by term: a law alone would not see a sign."""
+    x, e = torch.tensor([[0.3]], dtype=F64), torch.tensor([[0.7]], dtype=F64)
+    (a_s, s_s), (a_t, s_t) = process(0.25), process(0.75)
+    r = a_t / a_s
+    expected = r * x + (s_t**2 - (r * s_s) ** 2).sqrt() * e
+    assert torch.allclose(process.forward(x, 0.25, 0.75, e), expected, atol=1e-14)
