@@ -133,17 +133,23 @@ def _sheets(runs: Sequence[Shown], main: str) -> list[dict[str, Any]]:
     order = sorted(dict.fromkeys(base.category), key=lambda c: c != main)
     sheets = []
     for name in order:
-        prompts = list(dict.fromkeys(int(base.row[i]) for i in base.shown if base.category[i] == name))[:PROMPTS]
+        outcomes = [base, *(r.after for r in same if r.after is not None)]
+        kept = [{int(o.row[i]) for i in o.shown} for o in outcomes]
+        prompts = list(dict.fromkeys(int(base.row[i]) for i in base.shown if base.category[i] == name))
+        # a shorter exam kept pictures of fewer prompts: those that all runs share come first
+        prompts = sorted(prompts, key=lambda p: -sum(p in k for k in kept))[:PROMPTS]
         rows = []
         for p in prompts:
-            outcomes = [base, *(r.after for r in same if r.after is not None)]
             rows.append({"prompt": texts[p], "strips": [_strip(o, p) for o in outcomes]})
         sheets.append({"name": name, "rows": rows, "columns": ["base", *(r.label for r in same)]})
     return sheets
 
 
 def _strip(outcome: Outcome, prompt: int) -> str:
+    """Return the pictures of a prompt as one image, or "" where this exam kept none."""
     places = [k for k, i in enumerate(outcome.shown) if int(outcome.row[i]) == prompt][:STRIP]
+    if not places:
+        return ""
     scores = outcome.judged
     binary = bool(((scores == 0) | (scores == 1)).all())
     good = [bool(scores[outcome.shown[k]] > 0.5) for k in places] if binary else None

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flowalign.config import default
 from flowalign.folder import Folder
 from flowalign.media_files import grid, picture, save_media
 from flowalign.plots import Series, figure
-from flowalign.report import Shown, headline, write_report
+from flowalign.report import Shown, _strip, headline, write_report
 from flowalign.run import train
 
 PROMPTS = '{"prompt": "a <b> night", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n'
@@ -133,3 +134,12 @@ def test_metrics_are_json(folders: list[Folder]) -> None:
         0
     ].keys()
     assert lines[0]["ratio_gap"] < 1e-5 or lines[0]["ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_prompt_without_pictures_has_no_strip() -> None:
+    """A run with a shorter exam kept fewer prompts: its place in a sheet stays empty, and nothing fails."""
+    outcome = SimpleNamespace(
+        shown=[0], row=torch.tensor([3]), judged=torch.tensor([1.0]), pictures=torch.rand(1, 3, 8, 8)
+    )
+    assert _strip(outcome, 5) == ""  # type: ignore[arg-type]
+    assert _strip(outcome, 3).startswith("data:image/png")  # type: ignore[arg-type]
