@@ -53,6 +53,11 @@ def stream(seed: int = 1) -> Stream:
     return Stream(torch.Generator().manual_seed(seed))
 
 
+def log_z(scale: float) -> torch.Tensor:
+    """Exact log E exp(scale · reward) under the sampler's own output law."""
+    return chain_log_z(WORLD, riccati(chain(WORLD, SDE, TIMES), 0, scale * SLOPE), 1.0)
+
+
 class Shifted(nn.Module):
     """The Gaussian world with one trained number per step, added to the velocity: all that a linear reward needs."""
 
@@ -92,9 +97,7 @@ def test_feynman_kac_two_prompts() -> None:
         potential=Difference(LAM), select=Resample("systematic", 0.5),
     )  # fmt: skip
     for prompt, lam in enumerate((LAM, -0.6 * LAM)):
-        z = (
-            tree.log_evidence()[prompt::2] - chain_log_z(WORLD, riccati(chain(WORLD, SDE, TIMES), 0, lam * SLOPE), 1.0)
-        ).exp()
+        z = (tree.log_evidence()[prompt::2] - log_z(lam)).exp()
         assert z.std() / len(z) ** 0.5 < 0.02
         assert abs(z.mean() - 1) < 4 * z.std() / len(z) ** 0.5
 
@@ -112,10 +115,7 @@ def test_diffusion_tree_sampling() -> None:
         tree = tree.graft(
             rollout(policy, SDE, TIMES, {k + 1: entry}, noise=stream(50 + k + len(tree.leaves)), n_rows=4000, keep=True)
         )
-    z = (
-        tree.backup(LAM * reward(tree.leaves.x), how=1.0)[0]
-        - chain_log_z(WORLD, riccati(chain(WORLD, SDE, TIMES), 0, LAM * SLOPE), 1.0)
-    ).exp()
+    z = (tree.backup(LAM * reward(tree.leaves.x), how=1.0)[0] - log_z(LAM)).exp()
     assert policy.ledger.evaluations == sum(len(tree.at(k)) for k in range(len(times) - 1))
     assert abs(z.mean() - 1) < 4 * z.std() / len(z) ** 0.5
 
@@ -332,8 +332,7 @@ def test_min_norm_step() -> None:
 
 def test_noise_optimisation() -> None:
     """ReNO on a linear generator and reward: the noise ends at radius (c + √(c² + 4(d-1)))/2 along the gradient."""
-    d, reg = 6, 0.5
-    h = torch.linspace(-1, 1, d, dtype=F64)
+    d, reg, h = 6, 0.5, torch.linspace(-1, 1, 6, dtype=F64)
     z = noises(1, 7, d).requires_grad_()
     optimizer = torch.optim.LBFGS([z], lr=0.5, max_iter=400, tolerance_grad=1e-12, tolerance_change=1e-14)
 
@@ -346,8 +345,7 @@ def test_noise_optimisation() -> None:
 
     optimizer.step(closure)
     slope = torch.stack([link.A for link in chain(WORLD, ODE, TIMES)]).prod() * h
-    c = slope.norm() / reg
-    radius = (c + (c**2 + 4 * (d - 1)).sqrt()) / 2
+    radius = (slope.norm() / reg + ((slope.norm() / reg) ** 2 + 4 * (d - 1)).sqrt()) / 2
     assert torch.allclose(z.detach()[0], radius * slope / slope.norm(), atol=1e-5)
 
 

@@ -92,7 +92,7 @@ def test_the_outside_worlds_never_see_each_other(side):
     assert found, f"no files under {PACKAGE / side}: is the symlink there?"
     for path in found:
         if path.name == "__main__.py":
-            continue  # a command line of its own (it makes the worlds with their judges), which nothing imports
+            continue  # a command line of its own: it makes the worlds together with their judges; only tests import it
         for name in imports(path):
             assert not name.startswith(f"flowalign.{other}"), f"{path} imports {name}"
             assert name.split(".")[0] not in OUTSIDE, f"{path} imports {name}: the import name is flowalign.{name}"
