@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from flowalign.guidance import Twist
 from flowalign.methods.base import Candidates, Preset, Steering, Task
@@ -23,7 +23,7 @@ from flowalign.potentials import Difference, Immediate, Maximum, Potential, Sum,
 from flowalign.potentials.tempered import geometric
 from flowalign.rollout import rollout
 from flowalign.selection import Resample
-from flowalign.values import Completion, Tweedie, Value
+from flowalign.values import Completion, Score, Tweedie, Value
 
 __all__ = ["FKSteering"]
 
@@ -93,24 +93,20 @@ class FKSteering(Steering):
         tree = rollout(
             task.policy, noisy_kernel(task.policy.process, self.noise), task.times,
             rows.enter(self.particles * int(task.draw.samples.max())), rows.cond, noise=rows.noise,
-            value=self._value(task, rows.score, rows.cond), potential=self._potential(task),
+            value=self._value(task, rows.score, rows.cond), potential=self._potential(),
             select=Resample(self.scheme, self.threshold, self.every), guide=self._guide(task),
         )  # fmt: skip
         yield finish(rows, tree)
 
-    def _value(self, task: Task, score: object, cond: object) -> Value:
-        if self.lookahead == 1:
-            return Tweedie(score)  # type: ignore[arg-type]
-        return Completion(task.policy, score, cond, self.lookahead)  # type: ignore[arg-type]
+    def _value(self, task: Task, score: Score, cond: Any) -> Value:
+        return Tweedie(score) if self.lookahead == 1 else Completion(task.policy, score, cond, self.lookahead)
 
-    def _potential(self, task: Task) -> Potential:
+    def _potential(self) -> Potential:
         levels = None if self.every == 1 else (lambda k: k % self.every == 0)
         if self.temper == "none":
             return POTENTIALS[self.potential](self.scale, levels)
-        steps = len(task.times) - 1
-        # the published γ rises to 1 over 100 steps; on another grid it keeps its shape over the whole range
-        schedule = geometric((1 + self.gamma) ** (100 / steps) - 1, steps) if self.temper == "geometric" else None
-        return Tempered(self.scale, levels, schedule)
+        # the published schedule over 100 steps, as a function of t: it keeps its shape on any grid
+        return Tempered(self.scale, levels, geometric(self.gamma, 100) if self.temper == "geometric" else None)
 
     def _guide(self, task: Task) -> Twist | None:
         if not self.twist:
