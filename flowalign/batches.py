@@ -113,6 +113,7 @@ class Paths:
         reward: of each lineage, ``(P,)``.
         row: of each lineage, ``(P,)``.
         total: number of stochastic steps of a full lineage; a subset of them is rescaled by ``total / kept``.
+        dice: of each transition, ``(M,)`` uniforms by which a loss picks its subset of steps; None where it takes all.
     """
 
     steps: Transitions
@@ -120,6 +121,7 @@ class Paths:
     reward: Tensor
     row: Tensor
     total: int
+    dice: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of lineages."""
@@ -130,7 +132,8 @@ class Paths:
         new = torch.full((len(self),), -1)
         new[index] = torch.arange(len(index))
         kept = (new[self.path] >= 0).nonzero().flatten()
-        return Paths(self.steps[kept], new[self.path[kept]], pick(self.reward, index), self.row[index], self.total)
+        dice = None if self.dice is None else self.dice[kept]
+        return Paths(self.steps[kept], new[self.path[kept]], pick(self.reward, index), self.row[index], self.total, dice)
 
 
 def _generator(experience: Experience, purpose: int) -> torch.Generator:
@@ -186,12 +189,22 @@ def pairs(experience: Experience, law: TimeLaw, per_group: int = 1, update: int 
     return Pairs(win, pick(x, lo), nodes.row[w], gap, law.draw(len(w), g), _noise_like(win, g))
 
 
-def paths(experience: Experience, weights: Any = None) -> Paths:
-    """Return the lineages of the leaves of a chain rollout, for balance losses."""
+def paths(experience: Experience, weights: Any = None, update: int = 0) -> Paths:
+    """Return the lineages of the leaves of a chain rollout, for balance losses.
+
+    Args:
+        experience: what was gathered.
+        weights: credit per level, handed on with the transitions; None for none.
+        update: number of the pass over the lineages: each pass throws its dice anew.
+
+    Raises:
+        ValueError: for a rollout that branches.
+    """
     tree = experience.trajectory
     steps = tree.transitions(weights)
     n = len(tree.leaves)
     if len(steps) % n:
         raise ValueError("balance losses follow chains; this trajectory branches or was resampled.")
     path = torch.arange(n).repeat(len(steps) // n)
-    return Paths(steps, path, experience.total.detach(), tree.leaves.row, len(steps) // n)
+    dice = torch.rand(len(steps), generator=_generator(experience, 600 + update), dtype=torch.float64)
+    return Paths(steps, path, experience.total.detach(), tree.leaves.row, len(steps) // n, dice)

@@ -63,7 +63,7 @@ def _wanted(recipe: Recipe, e: Experience, collector: Collector, update: int) ->
     if wants == "pairs":
         return pairs(e, recipe.objective.times, recipe.pairs, update)
     if wants == "paths":
-        return paths(e)
+        return paths(e, None if recipe.credit is None else recipe.credit(e), update)
     if wants == "leaves":
         return leaves(e, _leaf_weight(recipe, e), recipe.objective.times, update, _names(recipe, e))
     return _transitions(recipe, e)

@@ -184,7 +184,9 @@ def test_rtb_subset_gradient_is_unbiased() -> None:
     for i in range(150):
         z = torch.randn(8, 2, dtype=F64, generator=torch.Generator().manual_seed(i))
         tree = rollout(policy, kernel, times, Nodes.enter(z, one_row), noise=Noise(i))
-        e = Experience(policy, tree, None, one_row[:1], {"r": tree.leaves.x[:, 0]}, {"r": 1.0}, lambda x, r: {})
+        e = Experience(
+            policy, tree, None, one_row[:1], {"r": tree.leaves.x[:, 0]}, {"r": 1.0}, lambda x, r: {}, iteration=i
+        )
         pair = []
         for subset in (0.5, 1.0):
             loss = TrajectoryBalance(kernel, 2.0, subset=subset)(policy, paths(e)).terms["balance"]

@@ -76,14 +76,13 @@ class TrajectoryBalance(Objective):
         return self.kernel(s.x, posterior, s.t, s.s)[0].log_prob(s.x_next)
 
     def _live(self, batch: Paths) -> Tensor | None:
-        """Return the steps that get a gradient: the same share of each lineage; None for all."""
+        """Return the steps that get a gradient: the same number of each lineage, by its dice; None for all."""
         if self.subset >= 1:
             return None
+        if batch.dice is None:
+            raise ValueError("a subset of steps is chosen by the dice of the paths: make them by batches.paths.")
         kept = max(1, round(self.subset * batch.total))
-        seed = int(batch.steps.x_next.detach().flatten()[:8].double().abs().sum() * 1e6) % (1 << 31)
-        g = torch.Generator().manual_seed(seed)  # a function of the batch alone
-        key = batch.path.double() + torch.rand(len(batch.path), generator=g, dtype=torch.float64)
-        order = torch.argsort(key)
+        order = torch.argsort(batch.path.double() + batch.dice)
         count = len(batch.path) // len(batch)
         return order.reshape(len(batch), count)[:, :kept].flatten().sort().values
 
