@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flowalign.allocate import make_source
 from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Layouts
 from flowalign.noise import mix
@@ -25,7 +26,7 @@ from flowalign.policy import Policy
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Card, Meta, Pipeline, Reward
 from flowalign.scorer import Scorer
-from flowalign.source import Prompt, Prompts
+from flowalign.source import Prompt, Source
 from flowalign.steer import SteerConfig
 
 __all__ = ["WORLDS", "Facts", "Job", "Shuffled", "build", "open_pipeline", "open_reward", "run_context"]
@@ -106,7 +107,7 @@ class Job:
     judged: Pipeline
     scorer: Scorer
     judge: Scorer
-    source: Prompts
+    source: Source
     exam: Exam
     check: Exam | None
     layouts: Layouts | None
@@ -143,7 +144,7 @@ def build(config: RunConfig) -> Job:
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
         Scorer(judged, judges),
-        Prompts(prompts, config.fit.seed),
+        make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,
         _layouts(config, facts),

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from flowalign.allocate import Allocation
 from flowalign.methods import METHODS, resolve
 from flowalign.methods.base import Method, Preset
 from flowalign.options import FitOptions
@@ -80,6 +81,7 @@ class RunConfig:
         reward: name[@weights][:weight], with commas; or your module:Class.
         prompts: a .txt or .jsonl file, world:set, or a datasets id; the world's training set when None.
         output: folder of the run; runs/METHOD-PIPELINE when None.
+        allocation: how an iteration's samples are spread over prompts: evenly, or by running reward variance.
         fit: how long and how hard to train.
         lora: the adapter; None trains the whole denoiser.
         ema: decay of the averaged weights, which are evaluated and saved; None for none.
@@ -100,6 +102,7 @@ class RunConfig:
     reward: str = "shapes"
     prompts: str | None = None
     output: Path | None = None
+    allocation: Allocation = field(default_factory=Allocation)
     fit: FitOptions = field(default_factory=FitOptions)
     lora: Lora | None = None
     ema: float | None = 0.9

@@ -73,6 +73,7 @@ def fit(
         FloatingPointError: for a gradient that is not finite.
     """
     check_settings(pipeline, recipe, options)
+    check_processes(source, options, accelerator)
     policy.ledger = scorer.ledger
     trainer = Trainer(policy, parameters, recipe, source, options, accelerator)
     if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
@@ -162,10 +163,31 @@ def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> N
     wants = recipe.objective.wants
     if wants in ("transitions", "paths"):
         trained_steps(recipe, recipe.grid(pipeline.times(options.steps)))
+    if options.filter_groups and wants != "transitions":
+        raise ValueError(
+            f"fit.filter_groups leaves groups without variance out of a policy gradient; this objective trains on "
+            f"{wants}, where they still count. Leave the option out."
+        )
     if wants == "pairs" and options.size < 2:
         raise ValueError(f"preference pairs need size >= 2 samples per prompt; got {options.size}.")
     grouped = getattr(getattr(recipe.credit, "normalise", None), "center", None) == "group"
     if wants in ("transitions", "leaves") and grouped and options.size < 2 and recipe.select is None:
         raise ValueError(
             f"a group of {options.size} sample has no advantage: its reward is its group's mean. Set size to 2 or more."
+        )
+
+
+def check_processes(source: Source, options: FitOptions, accelerator: Any) -> None:
+    """Refuse what would make several processes draw or count differently, and hang.
+
+    Raises:
+        ValueError: for a source that follows rewards, or groups left out by reward.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    if not source.alike or options.filter_groups:
+        what = "fit.filter_groups" if options.filter_groups else "a source that follows the rewards"
+        raise ValueError(
+            f"{what} depends on the rewards that each process sees, so {accelerator.num_processes} processes would go "
+            "different ways. Use one process, or even allocation without filtering."
         )

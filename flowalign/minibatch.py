@@ -17,6 +17,7 @@ from flowalign.noise import mix
 from flowalign.options import FitOptions
 from flowalign.recipe import Recipe, trained_steps
 from flowalign.source import Draw
+from flowalign.thinning import live_groups
 from flowalign.trajectory import Transitions
 
 __all__ = ["Minibatch", "minibatches"]
@@ -52,13 +53,17 @@ def minibatches(
     """
     if experience is None:
         return Growing(recipe, collector, draw, options, iteration, update)
-    data = _wanted(recipe, experience, collector, update)
+    data = _wanted(recipe, experience, update)
+    if options.filter_groups:
+        data = live_groups(data, experience)
+    if not len(data):
+        return []
     g = torch.Generator().manual_seed(mix(options.seed, iteration, 300 + update))
     order = torch.randperm(len(data), generator=g)
     return [Minibatch(data[index], experience.cond) for index in order.split(options.batch)]
 
 
-def _wanted(recipe: Recipe, e: Experience, collector: Collector, update: int) -> Any:
+def _wanted(recipe: Recipe, e: Experience, update: int) -> Any:
     wants = recipe.objective.wants
     if wants == "pairs":
         return pairs(e, recipe.objective.times, recipe.pairs, update)

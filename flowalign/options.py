@@ -17,6 +17,7 @@ class FitOptions:
         size: samples per prompt.
         steps: sampling steps.
         updates: passes over an iteration's experience.
+        filter_groups: leave groups whose rewards do not differ out of the update (policy gradients).
         batch: items per forward pass of the loss.
         accumulate: batches per optimiser step; 0 for one step per pass.
         lr: learning rate of the policy (AdamW).
@@ -38,6 +39,7 @@ class FitOptions:
     size: int = 16
     steps: int = 10
     updates: int = 1
+    filter_groups: bool = False
     batch: int = 64
     accumulate: int = 1
     lr: float = 3e-4

@@ -134,7 +134,8 @@ def _probe(job: Job, recipe: Recipe, policy: Policy) -> None:
     job.scorer.ledger = job.judge.ledger = policy.ledger
     o = job.config.fit
     collector = Collector(job.pipeline, job.scorer, policy, recipe, o.steps, o.seed)
-    draw = job.source.draw(0, 1, min(o.size, 2))
+    # a source that shares out whole units needs its full size; it says so now if that does not fit
+    draw = job.source.draw(0, 1, min(o.size, 2) if job.source.alike else o.size)
     with torch.no_grad():
         experience = collect(collector, draw, 0)
         leaves = experience.trajectory.leaves

@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,13 @@ class Draw:
 
 
 class Source(Stateful, ABC):
-    """Draws the prompts of an iteration."""
+    """Draws the prompts of an iteration.
+
+    Attributes:
+        alike: draws do not depend on rewards, so every process of several draws the same.
+    """
+
+    alike: ClassVar[bool] = True
 
     @abstractmethod
     def draw(self, iteration: int, groups: int, size: int) -> Draw:
@@ -113,18 +119,19 @@ class Prompts(Source):
         return self.prompts[int(torch.randperm(len(self.prompts), generator=g)[i])]
 
 
-def make_draw(chosen: Sequence[Prompt], size: int) -> Draw:
-    """Lay out groups of ``size`` samples, spread evenly over each prompt's wordings.
+def make_draw(chosen: Sequence[Prompt], size: int | Sequence[int]) -> Draw:
+    """Lay out groups of ``size`` samples (one number for all, or one each), spread evenly over a prompt's wordings.
 
     A prompt that is drawn twice in one iteration gets a key of its own each time: its samples must differ.
     """
     texts, metas, group, keys, samples = [], [], [], [], []
-    for g, p in enumerate(chosen):
-        wordings = (p.text, *p.variants)[:size]
+    sizes = [size] * len(chosen) if isinstance(size, int) else size
+    for g, (p, n) in enumerate(zip(chosen, sizes, strict=True)):
+        wordings = (p.text, *p.variants)[:n]
         for i, text in enumerate(wordings):
             texts.append(text)
             metas.append(p.meta)
             group.append(g)
             keys.append(mix(text_key(text), sum(t == text for t in texts[:-1])))
-            samples.append(size // len(wordings) + (i < size % len(wordings)))
+            samples.append(n // len(wordings) + (i < n % len(wordings)))
     return Draw(texts, metas, torch.tensor(group), tuple(keys), torch.tensor(samples))

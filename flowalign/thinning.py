@@ -67,13 +67,15 @@ def extremes(best: int, worst: int) -> Thin:
 
 
 def live_groups(steps: Transitions, e: Experience) -> Transitions:
-    """Drop the steps of groups without any credit: they would only dilute the mean (dynamic filtering)."""
+    """Drop the steps of groups without any credit: they would only dilute the mean (dynamic filtering).
+
+    None may be left: an iteration in which no group has variance has nothing to teach, and costs no update.
+    """
     assert steps.weight is not None
     size = steps.weight.detach().abs().reshape(len(steps), -1).sum(1).cpu()
     group = e.group[steps.row]
     alive = torch.zeros(int(group.max()) + 1).index_add(0, group, size.float()) > 0
-    index = alive[group].nonzero().flatten()
-    return steps[index] if len(index) else steps
+    return steps[alive[group].nonzero().flatten()]
 
 
 def with_best(steps: Transitions, e: Experience) -> Transitions:
