@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,13 +23,15 @@ from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Layouts
 from flowalign.noise import mix
 from flowalign.policy import Policy
+from flowalign.precision import run_context
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Card, Meta, Pipeline, Reward
+from flowalign.recipe import Learner, learners_of
 from flowalign.scorer import Scorer
 from flowalign.source import Prompt, Source
 from flowalign.steer import SteerConfig
 
-__all__ = ["WORLDS", "Facts", "Job", "Shuffled", "build", "open_pipeline", "open_reward", "run_context"]
+__all__ = ["WORLDS", "Facts", "Job", "Shuffled", "build", "open_pipeline", "open_reward"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Shuffled:
         """The card of the reward inside."""
         return self.reward.card
 
+    def learners(self) -> tuple[Learner, ...]:
+        """Return what learns in the reward inside: the control differs from the run in nothing but the order."""
+        return learners_of([self.reward])
+
     def __call__(self, media: Tensor, prompts: Sequence[str], meta: Meta | None = None) -> Tensor:
         """Score, then permute within each prompt."""
         scores = self.reward(media, prompts, meta)
@@ -100,6 +106,7 @@ class Job:
         check: small evaluation while training; None for none.
         layouts: names arrangements; None where diversity is not measured.
         context: entered around every forward pass.
+        frozen: entered instead where no gradients flow and no densities are compared.
     """
 
     config: RunConfig
@@ -112,6 +119,7 @@ class Job:
     check: Exam | None
     layouts: Layouts | None
     context: Callable[[], AbstractContextManager[Any]]
+    frozen: Callable[[], AbstractContextManager[Any]]
 
 
 def build(config: RunConfig) -> Job:
@@ -149,6 +157,7 @@ def build(config: RunConfig) -> Job:
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,
         _layouts(config, facts),
         run_context(config.precision, device),
+        run_context(config.precision, device, gradients=False),
     )  # fmt: skip
 
 
@@ -340,23 +349,3 @@ def _function(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
-
-
-# -- precision -------------------------------------------------------------------------------------------------------
-def run_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what is entered around every forward pass, in rollout and update alike."""
-    if precision == "fp32":
-        return nullcontext
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-    @contextmanager
-    def inside() -> Any:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast(device.type, dtype))
-            if device.type == "cpu":  # the flash kernel's bf16 backward pass is many times slower there
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-
-    return inside

@@ -84,7 +84,7 @@ def base(options: BaseOptions) -> dict[str, Any]:
     )  # fmt: skip
     job = build(config)
     began = time.perf_counter()
-    outcome = examine(job.judged, Policy(job.judged, context=job.context), job.judge, job.exam, layouts=job.layouts)
+    outcome = examine(job.judged, Policy(job.judged, context=job.frozen), job.judge, job.exam, layouts=job.layouts)
     folder = Folder(o.output)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.remember("before.pt", lambda: outcome.state_dict() | {"mark": job.exam.mark})
@@ -125,7 +125,7 @@ def _judge_result(config: RunConfig, result: Path) -> Outcome:
             )
         job.judged.load_lora(result)
     with torch.no_grad():
-        return examine(job.judged, Policy(job.judged, context=job.context), job.judge, job.exam, layouts=job.layouts)
+        return examine(job.judged, Policy(job.judged, context=job.frozen), job.judge, job.exam, layouts=job.layouts)
 
 
 def _with_pipeline(config: RunConfig, result: Path) -> RunConfig:

@@ -20,7 +20,9 @@ from flowalign.gaussian import work_dtype
 from flowalign.ledger import Ledger
 from flowalign.process import Posterior, Process, Time
 
-__all__ = ["Denoiser", "Policy", "Role", "Switch", "Weights"]
+__all__ = ["Context", "Denoiser", "Policy", "Role", "Switch", "Weights"]
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 @runtime_checkable
@@ -48,7 +50,7 @@ class Role(ABC):
 class Switch(Role):
     """A role that is the network inside some context, e.g. with its adapter disabled."""
 
-    def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, context: Context) -> None:
         self.context = context
 
     @contextmanager
@@ -115,6 +117,8 @@ class Policy:
         ledger: what the evaluations are booked on.
         chunk: samples per forward pass where memory is short; None for all at once.
         context: entered around every forward pass, in rollout and update alike (autocast, attention backend).
+        frozen: entered instead where a role other than ``current`` is played, which needs no graph and whose densities
+            nobody compares (a quicker attention kernel); ``context`` when None.
     """
 
     def __init__(
@@ -123,13 +127,15 @@ class Policy:
         roles: Mapping[str, Role] | None = None,
         ledger: Ledger | None = None,
         chunk: int | None = None,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        context: Context = nullcontext,
+        frozen: Context | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.roles = dict(roles or {})
         self.ledger = ledger if ledger is not None else Ledger()
         self.chunk = chunk
         self.context = context
+        self.frozen = frozen or context
 
     @property
     def process(self) -> Process:
@@ -171,30 +177,30 @@ class Policy:
         """
         self.ledger.evaluations += len(x)
         if role == "current":
-            return self._run(x, t, cond, checkpoint)
+            return self._run(x, t, cond, checkpoint, self.context)
         with self.playing(role), torch.no_grad():
-            return self._run(x, t, cond, False)
+            return self._run(x, t, cond, False, self.frozen)
 
-    def _run(self, x: Tensor, t: Time, cond: Any, checkpoint: bool) -> Posterior:
+    def _run(self, x: Tensor, t: Time, cond: Any, checkpoint: bool, context: Context) -> Posterior:
         step = self.chunk or max(len(x), 1)
         if len(x) <= step:
-            return self._call(x, t, cond, checkpoint)
+            return self._call(x, t, cond, checkpoint, context)
         parts = []
         for i in range(0, len(x), step):
             index = torch.arange(i, min(i + step, len(x)))
             tt = t[index.to(t.device)] if isinstance(t, Tensor) and t.ndim else t
             part = None if cond is None else cond[index]
-            parts.append(self._call(x[index.to(x.device)], tt, part, checkpoint))
+            parts.append(self._call(x[index.to(x.device)], tt, part, checkpoint, context))
         return _join(parts, t)
 
-    def _call(self, x: Tensor, t: Time, cond: Any, checkpoint: bool) -> Posterior:
+    def _call(self, x: Tensor, t: Time, cond: Any, checkpoint: bool, context: Context) -> Posterior:
         if not (checkpoint and torch.is_grad_enabled()):
-            with self.context():
+            with context():
                 return self.denoiser.posterior(x, t, cond)
         kept: dict[str, Any] = {}
 
         def forward(x: Tensor, t: Time) -> tuple[Tensor, ...]:
-            with self.context():
+            with context():
                 p = self.denoiser.posterior(x, t, cond)
             kept["has"] = (p.v is not None, p.output is not None)
             return tuple(z for z in (p.x0, p.eps, p.v, p.output) if z is not None)

@@ -6,14 +6,14 @@ The reference of a LoRA run is the adapter switched off; of a full run, a frozen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from flowalign.ledger import Ledger
-from flowalign.policy import Policy, Role, Switch, Weights
+from flowalign.policy import Context, Policy, Role, Switch, Weights
 from flowalign.protocols import Pipeline
 
 __all__ = ["Lora", "make_trainable", "prepare", "trained_parameters"]
@@ -97,7 +97,8 @@ def prepare(
     ema: float | None = None,
     ledger: Ledger | None = None,
     chunk: int | None = None,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Context = nullcontext,
+    frozen: Context | None = None,
 ) -> tuple[Policy, list[nn.Parameter]]:
     """Return a policy with its roles, and the parameters to train.
 
@@ -110,6 +111,7 @@ def prepare(
         ledger: see :class:`Policy`.
         chunk: see :class:`Policy`.
         context: see :class:`Policy`.
+        frozen: see :class:`Policy`.
     """
     parameters = make_trainable(pipeline.denoiser, lora)
     made: dict[str, Role] = {}
@@ -119,4 +121,4 @@ def prepare(
         made["old"] = Weights(parameters, old or (lambda n: 0.0))
     if ema is not None:
         made["ema"] = Weights(parameters, lambda n: min((1 + n) / (10 + n), ema))
-    return Policy(pipeline, made, ledger, chunk, context), parameters
+    return Policy(pipeline, made, ledger, chunk, context, frozen), parameters

@@ -119,9 +119,9 @@ def start(config: RunConfig, resume: bool = False) -> Run:
     roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
     policy, parameters = prepare(
         job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, chunk=config.chunk,
-        context=job.context,
+        context=job.context, frozen=job.frozen,
     )  # fmt: skip
-    other = Policy(job.judged, policy.roles, Ledger(), config.chunk, job.context)
+    other = Policy(job.judged, policy.roles, Ledger(), config.chunk, job.frozen)
     _probe(job, recipe, policy)
     folder = Folder.open(config, resume)
     return Run(job, folder, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})

@@ -240,3 +240,22 @@ def test_ledger():
     assert other == ledger and set(other.phases) == {"sample", "inner"}
     with pytest.raises(ValueError, match="unknown budget unit 'euros'; choose one of evaluations"):
         ledger.spent("euros")
+
+
+def test_other_roles_enter_their_own_context():
+    entered: list[str] = []
+
+    def note(name: str):
+        @contextmanager
+        def inside():
+            entered.append(name)
+            yield
+
+        return inside
+
+    net, role, _ = moved(Net().double())
+    policy = Policy(net, {"reference": role}, context=note("context"), frozen=note("frozen"))
+    x, rows = draw(2, 3), torch.arange(2)
+    policy.posterior(x, 0.5, rows)
+    policy.posterior(x, 0.5, rows, "reference")
+    assert entered == ["context", "frozen"]

@@ -56,9 +56,16 @@ def one(args: argparse.Namespace) -> None:
     recipe = config.method.recipe(job.pipeline.times(config.fit.steps))
     roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
     policy, parameters = prepare(
-        job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, context=job.context
+        job.pipeline,
+        config.lora,
+        roles,
+        old=recipe.old,
+        ema=config.ema,
+        ledger=job.scorer.ledger,
+        context=job.context,
+        frozen=job.frozen,
     )
-    other = Policy(job.judged, policy.roles, Ledger(), None, job.context)
+    other = Policy(job.judged, policy.roles, Ledger(), None, job.frozen)
     run = Run(job, None, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
     exam = job.check
     assert exam is not None
