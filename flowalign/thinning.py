@@ -1,5 +1,8 @@
 """Which of an iteration's transitions are trained: random steps per sample, the best and worst samples, live groups.
 
+On a tree a sample's steps are those of all its ancestors; a step that several samples share stays while one of them is
+kept, and is trained once, with the credit that it had in the whole tree.
+
 Each is a function ``(transitions, experience) → transitions``; ``chain`` composes them. What is random is drawn from
 the iteration's seed.
 """
@@ -15,9 +18,10 @@ from flowalign.experience import Experience
 from flowalign.noise import mix
 from flowalign.trajectory import Transitions, pick
 
-__all__ = ["Thin", "chain", "extremes", "live_groups", "random_steps", "with_best"]
+__all__ = ["Thin", "best_siblings", "chain", "extremes", "live_groups", "pruned", "random_steps", "with_best"]
 
 Thin = Callable[[Transitions, Experience], Transitions]
+Leaves = Callable[[Experience], Tensor]  # which leaves are kept, (N_leaves,) booleans on the CPU
 
 
 def chain(*parts: Thin) -> Thin:
@@ -49,10 +53,27 @@ def random_steps(fraction: float) -> Thin:
     return thin
 
 
-def extremes(best: int, worst: int) -> Thin:
-    """Keep the steps of the best and worst samples of each group (DanceGRPO's best-of-N: 8 of 24)."""
+def pruned(keep: Leaves) -> Thin:
+    """Keep the steps that lead to a leaf which ``keep`` chooses."""
 
     def thin(steps: Transitions, e: Experience) -> Transitions:
+        lineage, chosen, child = e.trajectory.lineage(), keep(e), _child(steps)
+        kept = torch.zeros(len(steps), dtype=torch.bool)
+        for level in steps.level.unique().tolist():
+            line = lineage[level + 1][chosen]
+            alive = torch.zeros(len(e.trajectory.at(level + 1)), dtype=torch.bool)
+            alive[line[line >= 0]] = True
+            here = steps.level == level
+            kept[here] = alive[child[here]]
+        return steps[kept.nonzero().flatten()]
+
+    return thin
+
+
+def extremes(best: int, worst: int) -> Thin:
+    """Keep the best and worst samples of each group (DanceGRPO's best-of-N: 8 of 24; BranchGRPO's 2nd width rule)."""
+
+    def keep(e: Experience) -> Tensor:
         leaves = e.trajectory.leaves
         group, total = e.group[leaves.row], e.total.detach().cpu()
         kept = torch.zeros(len(leaves), dtype=torch.bool)
@@ -61,9 +82,25 @@ def extremes(best: int, worst: int) -> Thin:
             order = members[total[members].argsort(descending=True, stable=True)]
             kept[order[:best]] = True
             kept[order[len(order) - worst :]] = True
-        return steps[kept[_child(steps)].nonzero().flatten()]
+        return kept
 
-    return thin
+    return pruned(keep)
+
+
+def best_siblings(e: Experience) -> Tensor:
+    """Choose the best leaf below each node of the last split (BranchGRPO's first width rule); all where none splits."""
+    tree, total = e.trajectory, e.total.detach().cpu()
+    parents = torch.arange(len(tree.leaves))
+    for k in range(len(tree.levels) - 1, tree.first, -1):
+        parent = tree.at(k).parent
+        if len(parent.unique()) < len(parent):
+            parents = tree.lineage()[k - 1]
+            break
+    kept = torch.zeros(len(parents), dtype=torch.bool)
+    for p in parents.unique().tolist():
+        members = (parents == p).nonzero().flatten()
+        kept[members[total[members].argmax()]] = True
+    return kept
 
 
 def live_groups(steps: Transitions, e: Experience) -> Transitions:

@@ -2,7 +2,8 @@
 
 MixGRPO (2507.21802) slides a window of 4 steps from noise to data, one step every 25 iterations, and starts again at
 the end; Flow-GRPO-Fast draws its window anew each iteration from the early half; G²RPO steps through single levels;
-B²-DiffuRL lets the trained tail grow. One window for a whole iteration: drawn per request it would collapse training.
+B²-DiffuRL lets the trained tail grow; BranchGRPO leaves a window out. One window for a whole iteration: drawn per
+request it would collapse training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flowalign.noise import NoiseSource, mix
 from flowalign.recipe import Learner
 from flowalign.selection.base import Chosen, Selection
 
-__all__ = ["BranchAt", "Cycle", "Growing", "Random", "Sliding", "Window"]
+__all__ = ["BranchAt", "Cycle", "Growing", "LeftOut", "Random", "Sliding", "Window"]
 
 
 class Window(Learner):
@@ -141,6 +142,33 @@ class Growing(Window):
         done = min(1.0, self.iteration / (self.stages * self.period))
         width = round(self.low + (self.high - self.low) * done)
         return len(self.grid) - 1 - width, len(self.grid) - 1
+
+
+class LeftOut(Window):
+    """Levels that are sampled but not trained, moving one level towards the noise every ``period`` iterations.
+
+    BranchGRPO's depth pruning: 15 to 18 of 20 at first, moving every 30 iterations until the first of them is ``stop``.
+    """
+
+    def __init__(self, times: Tensor, first: int, last: int, period: int = 30, stop: int = 0) -> None:
+        super().__init__(times)
+        if not 0 <= first < last < len(self.grid) or period < 1:
+            raise ValueError(
+                f"depths to prune must lie in 0 to {len(self.grid) - 2} of this sampler, with a period of at least 1; "
+                f"got {first} to {last - 1} and {period}."
+            )
+        self.first, self.last, self.period = first, last, period
+        self.most = max(0, first - stop)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The levels left out in this iteration."""
+        moved = min(self.iteration // self.period, self.most)
+        return self.first - moved, self.last - moved
+
+    def trained(self, level: int, t: float, s: float) -> bool:
+        """Return whether a level is outside."""
+        return not super().trained(level, t, s)
 
 
 class BranchAt(Selection):

@@ -70,7 +70,9 @@ SMALL = {
     "tp-grpo": TPGRPO(clip=1e-2),
     "tree-grpo": TreeGRPO(eta=0.5, splits=(0, 2, 3), clip=1e-2),
     "tree-grpo-dynamic": TreeGRPO(eta=0.5, splits=(0, 1, 2), window=(0, 3), growth=1.0, reach=1.0, supervised=0.1),
-    "tree-grpo-pruned": TreeGRPO(eta=0.5, splits=(0, 2, 3), clip=1e-2, prune_depth=True),
+    "tree-grpo-pruned": TreeGRPO(
+        eta=0.5, splits=(0, 2, 3), clip=1e-2, prune_width="extremes", prune_depth=(4, 5), prune_period=4
+    ),
 }
 
 

@@ -8,9 +8,13 @@ the relatives' parts:
     growth        noise level a (1 + growth · depth/steps): deeper layers explore more         Dynamic-TreeRPO, eq. 6
     reach         clip range ε (1 + reach · min(|A|, 1))                                       Dynamic-TreeRPO, eq. 11
     supervised    + λ σ(-A) ‖x̂0 - x0_best‖²: the best leaf of the group as a teacher           LayerTuning-RL, eq. 13
-    prune_depth   train one of the split levels at a time, in turn                             BranchGRPO
+    prune_width   train only what leads to the best leaf below each last split, or to          BranchGRPO
+                  the best and worst leaves of each group; advantages are those of the whole tree
+    prune_depth   leave a window of depths out of the update; it slides towards the noise      BranchGRPO
 
-The exact constants of Dynamic-TreeRPO's eqs. 6, 11 and 13 are not public; the forms here are ours.
+What is pruned has been sampled and judged, and costs no network evaluation and gives no gradient in the update. The
+code of BranchGRPO multiplies the noise of a split by 4 and forgets it in the density; here both are the kernel's. The
+exact constants of Dynamic-TreeRPO's eqs. 6, 11 and 13 are not public; the forms here are ours.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +33,10 @@ from flowalign.laws import Constant, NoiseLaw, Table
 from flowalign.methods.base import Preset, Training, levels_between
 from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
-from flowalign.recipe import Recipe
+from flowalign.recipe import Recipe, always
 from flowalign.selection import Branch
-from flowalign.thinning import with_best
-from flowalign.windows import Cycle
+from flowalign.thinning import Thin, best_siblings, chain, extremes, pruned, with_best
+from flowalign.windows import LeftOut
 
 __all__ = ["TreeGRPO"]
 
@@ -50,7 +54,10 @@ class TreeGRPO(Training):
         clip: range of the per-dimension ratio.
         reach: widening of the clip range with the advantage.
         supervised: weight of the pull towards the best leaf.
-        prune_depth: train one split level per iteration, in turn.
+        prune_width: none; best, of the siblings of each last split; extremes, of each group.
+        keep: leaves kept at either end of a group (``prune_width = extremes``).
+        prune_depth: first and last (exclusive) level left out of the update at first; none for no pruning.
+        prune_period: iterations after which the pruned levels move one towards the noise, until the last split.
     """
 
     name: ClassVar[str] = "tree-grpo"
@@ -67,13 +74,16 @@ class TreeGRPO(Training):
     clip: float = 1e-3
     reach: float = 0.0
     supervised: float = 0.0
-    prune_depth: bool = False
+    prune_width: Literal["none", "best", "extremes"] = "none"
+    keep: int = 2
+    prune_depth: tuple[int, int] | None = None
+    prune_period: int = 30
 
     def recipe(self, times: Tensor) -> Recipe:
         """Return the choices.
 
         Raises:
-            ValueError: for splits outside the sampler, or where no noise is drawn.
+            ValueError: for splits outside the sampler, or where no noise is drawn; for depths that it does not have.
         """
         steps = len(times) - 1
         first, last = self.window or (0, max(steps - 1, 1))
@@ -85,7 +95,9 @@ class TreeGRPO(Training):
             )
         inside = levels_between(times, first, last)
         kernel: Kernel = Windowed(EulerMaruyama(self._law(times)), inside)
-        turn = Cycle(times, self.splits) if self.prune_depth else None
+        depths = None
+        if self.prune_depth is not None:
+            depths = LeftOut(times, *self.prune_depth, period=self.prune_period, stop=max(self.splits))
         leaves = prod([self.width] * len(self.splits))
         return Recipe(
             kernel,
@@ -93,10 +105,16 @@ class TreeGRPO(Training):
             credit=Tree(),
             select=Branch(dict.fromkeys(self.splits, self.width)),
             roots=lambda n: max(1, n // leaves),
-            trained=(lambda level, t, s: True) if turn is None else turn.trained,
-            thin=with_best if self.supervised else None,
-            learners=() if turn is None else (turn,),
+            trained=always if depths is None else depths.trained,
+            thin=self._thin(),
+            learners=() if depths is None else (depths,),
         )
+
+    def _thin(self) -> Thin:
+        if self.prune_width == "extremes" and self.keep < 1:
+            raise ValueError(f"width pruning keeps at least one leaf at either end; got keep = {self.keep}.")
+        rule = {"none": [], "best": [pruned(best_siblings)], "extremes": [extremes(self.keep, self.keep)]}
+        return chain(*rule[self.prune_width], *([with_best] if self.supervised else []))
 
     def _law(self, times: Tensor) -> NoiseLaw:
         if not self.growth:
@@ -115,6 +133,13 @@ class TreeGRPO(Training):
                 FitOptions(iterations=300, groups=16, size=16, steps=20, batch=1, accumulate=0, lr=1e-5),
                 None,
                 note="BranchGRPO, FLUX.1-dev, binary splits at 0, 3, 6, 9 of 20. Not run here.",
+            ),
+            "published-pruned": Preset(
+                cls(prune_width="best", prune_depth=(15, 19)),
+                FitOptions(iterations=300, groups=16, size=16, steps=20, batch=1, accumulate=0, lr=1e-5),
+                None,
+                note="BranchGRPO with both prunings: best leaf per last split; depths 15-18, sliding every 30. Not run "
+                "here.",
             ),
             "published-dynamic": Preset(
                 cls(splits=(0, 1, 2, 3), window=(0, 4), growth=1.0, reach=1.0, supervised=0.1),
