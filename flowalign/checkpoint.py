@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["latest", "load", "name", "save"]
 
 KEEP = 2
+
+
+def name(iteration: int) -> str:
+    """Return the file name of an iteration's checkpoint; names sort by iteration."""
+    return f"step-{iteration:08d}.pt"
 
 
 def save(folder: Path, iteration: int, state: dict[str, Any]) -> Path:
     """Write ``step-ITERATION.pt`` atomically and drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{iteration:08d}.pt"
+    path = folder / name(iteration)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as f:
         torch.save(state, f)

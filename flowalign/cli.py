@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.methods import METHODS, names, nearest, resolve
+from flowalign.pause import Away
 
 __all__ = ["flag", "main", "parse", "say", "take"]
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args[0] not in COMMANDS:
             raise ValueError(f"there is no command {args[0]!r}. {nearest(args[0], list(COMMANDS))}")
         COMMANDS[args[0]](args[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, Away) as error:
         print(f"flowalign: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     except KeyboardInterrupt:

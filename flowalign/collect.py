@@ -34,6 +34,7 @@ class Collector:
         steps: sampling steps.
         seed: of the run.
         gather: joins per-sample values of all processes.
+        overlap: parts that a draw is cut into, one's scoring overlapping the next one's rollout.
     """
 
     pipeline: Pipeline
@@ -43,6 +44,7 @@ class Collector:
     steps: int
     seed: int
     gather: Callable[[Tensor], Tensor] = same
+    overlap: int = 1
 
     def bind(self, draw: Draw) -> Bound:
         """Encode a draw's prompts and return their judge."""
@@ -86,11 +88,16 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
     """Roll out, decode and judge a draw, without gradients."""
     ledger = collector.policy.ledger
     judge = collector.bind(draw)
-    with ledger.phase("rollout"):
-        tree = collector.sample(draw, judge, iteration)
-    with ledger.phase("reward"), torch.no_grad():
-        leaves = tree.leaves
-        rewards = {k: v.to(leaves.x.device) for k, v in judge(leaves.x, leaves.row).items()}
+    if collector.overlap > 1:
+        from flowalign.overlap import overlapped
+
+        tree, scores = overlapped(collector, draw, judge, iteration, collector.overlap)
+    else:
+        with ledger.phase("rollout"):
+            tree = collector.sample(draw, judge, iteration)
+        with ledger.phase("reward"), torch.no_grad():
+            scores = judge(tree.leaves.x, tree.leaves.row, learn=True)
+    rewards = {k: v.to(tree.leaves.x.device) for k, v in scores.items()}
     return Experience(
         policy=collector.policy,
         trajectory=tree,
@@ -113,7 +120,7 @@ def grow(collector: Collector, draw: Draw, iteration: int, tape: Tape) -> tuple[
     else:
         tree = collector.sample(draw, judge, iteration, tape)
     with torch.enable_grad():
-        rewards = judge(tree.leaves.x, tree.leaves.row)
+        rewards = judge(tree.leaves.x, tree.leaves.row, learn=True)
         total = torch.stack([collector.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
     return Grown(tree, rewards, total), judge.cond
 

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from flowalign import checkpoint
 from flowalign.collect import Collector, collect
 from flowalign.experience import same
+from flowalign.keeper import Keeper
 from flowalign.ledger import Ledger
 from flowalign.minibatch import minibatches
+from flowalign.noise import mix
 from flowalign.options import FitOptions
+from flowalign.pause import Away
 from flowalign.policy import Policy
 from flowalign.protocols import Pipeline
 from flowalign.recipe import Recipe, trained_steps
@@ -71,27 +74,32 @@ def fit(
         ValueError: before any sampling, for settings that cannot learn.
         RuntimeError: if the ratio at the first update is not one.
         FloatingPointError: for a gradient that is not finite.
+        flowalign.pause.Away: a judge stayed away for longer than the scorer's patience; the run can be resumed.
     """
     check_settings(pipeline, recipe, options)
     check_processes(source, options, accelerator)
     policy.ledger = scorer.ledger
-    trainer = Trainer(policy, parameters, recipe, source, options, accelerator)
+    trainer = Trainer(policy, parameters, recipe, source, options, accelerator, scorer.learners)
     if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
         trainer.load_state_dict(checkpoint.load(path))
     gather = same if accelerator is None else accelerator.gather
-    collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather)
+    collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather, options.overlap)
+    keeper = Keeper(folder, trainer, options.checkpoint_every)
     if trainer.iteration == 0:
-        for learner in recipe.learners:
+        for learner in trainer.learners:
             learner.before(collector, source, options)
     while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
-        metrics = _iterate(trainer, collector)
+        try:
+            with keeper.pausing(scorer, stop):
+                metrics = _iterate(trainer, collector)
+        except Away:
+            if stop():
+                return
+            raise
         trainer.iteration += 1
         ended = stop()
         last = ended or trainer.iteration >= options.iterations or _spent(policy.ledger, options)
-        due = options.checkpoint_every and trainer.iteration % options.checkpoint_every == 0
-        if folder is not None and (last or due):
-            state = trainer.state_dict() | {"metrics": {"iteration": float(trainer.iteration), **metrics}}
-            checkpoint.save(folder, trainer.iteration, state)
+        keeper.keep(metrics, last)
         yield {"iteration": float(trainer.iteration), **metrics}
         if ended:
             return
@@ -102,6 +110,7 @@ def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
     o, recipe, ledger = trainer.options, trainer.recipe, trainer.policy.ledger
     draw = _share(trainer.source.draw(trainer.iteration, o.groups, o.size), trainer.accelerator)
     seen: dict[str, list[Tensor]] = {}
+    collector.scorer.heard.clear()  # whoever judged before, it was not this iteration's samples
     experience = None
     if recipe.objective.wants != "grown":
         experience = collect(collector, draw, trainer.iteration)
@@ -124,7 +133,19 @@ def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
         trainer.source.observe(draw, experience.total.detach().cpu(), experience.trajectory.leaves.row)
         for learner in recipe.learners:
             metrics |= learner.observe(experience)
+    metrics |= _teach(collector, mix(o.seed, trainer.iteration, 600))
     return metrics | {f"ledger/{k}": v for k, v in ledger.state_dict().items()}
+
+
+def _teach(collector: Collector, seed: int) -> Metrics:
+    """Let the rewards that learn do so, from what they told of this iteration's samples."""
+    scorer, metrics = collector.scorer, Metrics()
+    if scorer.learners:
+        with collector.policy.ledger.phase("teach"):
+            for learner in scorer.learners:
+                told = [what for who, what in scorer.heard if who is learner]
+                metrics |= learner.learn(told, seed, collector.gather)
+    return metrics
 
 
 def _share(draw: Draw, accelerator: Any) -> Draw:
@@ -167,6 +188,11 @@ def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> N
         raise ValueError(
             f"fit.filter_groups leaves groups without variance out of a policy gradient; this objective trains on "
             f"{wants}, where they still count. Leave the option out."
+        )
+    if wants == "grown" and options.overlap > 1:
+        raise ValueError(
+            f"fit.overlap = {options.overlap} scores in another thread, without gradients; this method backpropagates "
+            "through its rewards. Set overlap to 1."
         )
     if wants == "pairs" and options.size < 2:
         raise ValueError(f"preference pairs need size >= 2 samples per prompt; got {options.size}.")

@@ -20,6 +20,8 @@ class FitOptions:
         filter_groups: leave groups whose rewards do not differ out of the update (policy gradients).
         batch: items per forward pass of the loss.
         accumulate: batches per optimiser step; 0 for one step per pass.
+        overlap: parts that an iteration's groups are cut into: one is scored while the next is rolled out; 1 for none.
+            Worth it where rewards run elsewhere (another machine, another device); not for backpropagation.
         lr: learning rate of the policy (AdamW).
         lr_objective: learning rate of the objective's own parameters (log Z, flow networks).
         betas: AdamW's.
@@ -42,6 +44,7 @@ class FitOptions:
     filter_groups: bool = False
     batch: int = 64
     accumulate: int = 1
+    overlap: int = 1
     lr: float = 3e-4
     lr_objective: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,7 +58,7 @@ class FitOptions:
     ratio_tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        least = {"iterations": 1, "groups": 1, "size": 1, "steps": 1, "updates": 1, "batch": 1, "accumulate": 0}
+        least = {"iterations": 1, "groups": 1, "size": 1, "steps": 1, "updates": 1, "batch": 1, "accumulate": 0, "overlap": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")

@@ -1,15 +1,22 @@
-"""Decode once, judge by every reward: the only place where media are made for rewards."""
+"""Decode once, judge by every reward: the only place where media are made for rewards.
+
+A judge that is away pauses the run here (:mod:`flowalign.pause`), and rewards that learn are heard here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from flowalign.hearing import Heard, hearing
 from flowalign.ledger import Ledger
+from flowalign.pause import Pause
 from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
+from flowalign.recipe import learners_of
 
 __all__ = ["Bound", "Scorer"]
 
@@ -23,6 +30,11 @@ class Scorer:
         weights: of each reward; 1 where missing.
         ledger: what decodes and reward calls are booked on.
         chunk: samples decoded and judged at a time.
+        pause: what happens while a judge is away.
+
+    Attributes:
+        learners: what learns in the rewards.
+        heard: what they were told of the samples judged with ``learn``, since the list was last cleared.
 
     Raises:
         ValueError: for no reward, a weight without reward, or a reward that cannot look at the pipeline's media.
@@ -35,6 +47,7 @@ class Scorer:
         weights: Mapping[str, float] | None = None,
         ledger: Ledger | None = None,
         chunk: int = 256,
+        pause: Pause | None = None,
     ) -> None:
         if not rewards:
             raise ValueError("no reward given: name at least one.")
@@ -48,6 +61,9 @@ class Scorer:
         self.pipeline, self.rewards, self.chunk = pipeline, dict(rewards), chunk
         self.weights = {n: float((weights or {}).get(n, 1.0)) for n in rewards}
         self.ledger = ledger if ledger is not None else Ledger()
+        self.pause = pause if pause is not None else Pause()
+        self.learners, self.heard = learners_of(self.rewards.values()), Heard()
+        self.lock = threading.Lock()  # a search may ask for values while samples are scored in another thread
 
     @property
     def differentiable(self) -> bool:
@@ -58,14 +74,55 @@ class Scorer:
         """Return the judge of states that belong to rows of a condition."""
         return Bound(self, cond, list(prompts), None if meta is None else list(meta))
 
-    def judge(self, media: Tensor, prompts: Sequence[str], meta: Meta | None = None) -> dict[str, Tensor]:
-        """Score media by every reward, ``{name: (B,)}`` float32, checked for shape and NaN."""
-        check_media(media, self.pipeline.modality)
-        out = {}
-        for name, reward in self.rewards.items():
-            out[name] = check_scores(reward(media, prompts, meta), len(media), name)
-            self.ledger.rewards += len(media)
+    def judge(
+        self,
+        media: Tensor,
+        prompts: Sequence[str],
+        meta: Meta | None = None,
+        *,
+        learn: bool = False,
+    ) -> dict[str, Tensor]:
+        """Score media by every reward, ``{name: (B,)}`` float32, checked for shape and NaN.
+
+        Args:
+            media: what is judged.
+            prompts: one per sample.
+            meta: one per sample.
+            learn: these are the samples that are trained on: rewards that learn are to hear of them.
+
+        Raises:
+            flowalign.pause.Away: a judge is away, and patience has ended.
+        """
+        out, heard = self.ask(media, prompts, meta)
+        if learn:
+            self.heard += heard
         return out
+
+    def ask(
+        self, media: Tensor, prompts: Sequence[str], meta: Meta | None = None, *, patient: bool = True
+    ) -> tuple[dict[str, Tensor], Heard]:
+        """Return the scores of :meth:`judge`, and what the rewards told of the samples.
+
+        Args:
+            media: what is judged.
+            prompts: one per sample.
+            meta: one per sample.
+            patient: pause while a judge is away; else raise at once.
+        """
+        check_media(media, self.pipeline.modality)
+        out: dict[str, Tensor] = {}
+        heard = Heard()
+        with self.lock:
+            for name, reward in self.rewards.items():
+
+                def once(name: str = name, reward: Reward = reward) -> tuple[Tensor, Heard]:
+                    with hearing() as told:
+                        return check_scores(reward(media, prompts, meta), len(media), name), told
+
+                out[name], told = self.pause.outlast(once) if patient else once()
+                heard += told
+            self.ledger.rewards += len(media) * len(out)
+        return out, heard
 
 
 @dataclass(frozen=True)
@@ -84,15 +141,17 @@ class Bound:
     prompts: list[str]
     meta: list | None
 
-    def __call__(self, x0: Tensor, row: Tensor) -> dict[str, Tensor]:
-        """Decode and score in chunks; gradients flow where the mode allows."""
-        parts: list[dict[str, Tensor]] = []
+    def __call__(self, x0: Tensor, row: Tensor, *, learn: bool = False) -> dict[str, Tensor]:
+        """Decode and score in chunks; gradients flow where the mode allows. For ``learn`` see :meth:`Scorer.judge`."""
+        parts = [self.scorer.judge(*p, learn=learn) for p in self.pieces(x0, row)]
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+    def pieces(self, x0: Tensor, row: Tensor) -> Iterator[tuple[Tensor, list[str], list | None]]:
+        """Yield media, prompts and meta of one chunk after the other."""
         for index in torch.arange(len(x0)).split(self.scorer.chunk):
             media = self.media(x0[index.to(x0.device)], row[index])
             rows = row[index].tolist()
-            meta = None if self.meta is None else [self.meta[r] for r in rows]
-            parts.append(self.scorer.judge(media, [self.prompts[r] for r in rows], meta))
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            yield media, [self.prompts[r] for r in rows], None if self.meta is None else [self.meta[r] for r in rows]
 
     def total(self, x0: Tensor, row: Tensor) -> Tensor:
         """Return the weighted sum of the rewards, ``(B,)``."""

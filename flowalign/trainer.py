@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowalign.minibatch import Minibatch
 from flowalign.options import FitOptions
 from flowalign.policy import Policy, Weights
-from flowalign.recipe import Recipe
+from flowalign.recipe import Learner, Recipe
 from flowalign.source import Source
 
 __all__ = ["Trainer"]
@@ -29,7 +29,9 @@ class Trainer:
         source: Source,
         options: FitOptions,
         accelerator: Any,
+        learners: tuple[Learner, ...] = (),
     ) -> None:
+        self.learners = (*recipe.learners, *learners)  # those of the method, then those of the rewards
         self.policy, self.parameters, self.recipe, self.source = policy, parameters, recipe, source
         self.options, self.accelerator = options, accelerator
         own = list(recipe.objective.parameters())
@@ -55,10 +57,17 @@ class Trainer:
             "objective": r.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "roles": {n: w.state_dict() for n, w in self.policy.roles.items() if isinstance(w, Weights)},
+            **self.around(),
+        }
+
+    def around(self) -> dict[str, Any]:
+        """Return the part of the state that sampling and judging may change, without any weights of the generator."""
+        r = self.recipe
+        return {
             "credit": {} if r.credit is None else r.credit.state_dict(),
             "aggregate": r.aggregate.state_dict(),
             "source": self.source.state_dict(),
-            "learners": [learner.state_dict() for learner in r.learners],
+            "learners": [learner.state_dict() for learner in self.learners],
             "ledger": self.policy.ledger.state_dict(),
             "rng": torch.get_rng_state(),
         }
@@ -89,7 +98,7 @@ class Trainer:
             r.credit.load_state_dict(state["credit"])
         r.aggregate.load_state_dict(state["aggregate"])
         self.source.load_state_dict(state["source"])
-        for learner, s in zip(r.learners, state["learners"], strict=True):
+        for learner, s in zip(self.learners, state["learners"], strict=True):
             learner.load_state_dict(s)
         self.policy.ledger.load_state_dict(state["ledger"])
         torch.set_rng_state(state["rng"])

@@ -101,6 +101,11 @@ class Cached(Composite):
             raise ValueError(f"size must be at least 1; got {size}.")
         _single(member, "caching")
         super().__init__([member], member.card.name, member.card.range)
+        if self.learners():
+            raise ValueError(
+                f"{member.card.name!r} changes while it is trained against: remembered scores would be those of an "
+                "earlier reward. Cache its members instead."
+            )
         self.size, self.hits, self.misses = size, 0, 0
         self.memory: OrderedDict[bytes, float] = OrderedDict()
 

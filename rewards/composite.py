@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.protocols import Card, Meta, Modality, Reward, check_scores
+from flowalign.recipe import Learner, learners_of
 from flowalign.rewards.base import Judge
 
 __all__ = ["Composite", "Memo", "once"]
@@ -42,6 +43,10 @@ class Composite(Judge):
     @abstractmethod
     def combine(self, scores: list[Tensor]) -> Tensor:
         """Combine the members' ``(B,)`` scores into ``(B,)``."""
+
+    def learners(self) -> tuple[Learner, ...]:
+        """Return what learns in the members, at any depth."""
+        return learners_of(self.members)
 
     def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
         """Score each distinct member once and combine."""

@@ -70,15 +70,20 @@ def read_folder(folder: str | Path) -> Judgements:
         if (root / f"{kind}.jsonl").is_file():
             return _read_lines(root, kind)
     if (root / "good").is_dir() and (root / "bad").is_dir():
-        rows = [(p, "", 1.0) for p in _pictures(root / "good")] + [(p, "", 0.0) for p in _pictures(root / "bad")]
+        rows = [(p, "", 1.0) for p in pictures(root / "good")] + [(p, "", 0.0) for p in pictures(root / "bad")]
         return _collect("labels", [((path, prompt),) for path, prompt, _ in rows], [v for *_, v in rows])
     raise ValueError(
         f"{root} holds no judgements: wanted pairs.jsonl, scores.jsonl or labels.jsonl, or the folders good/ and bad/."
     )
 
 
-def _pictures(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+def pictures(folder: Path) -> list[Path]:
+    """Return the pictures of a folder, by name.
+
+    Raises:
+        ValueError: it is no folder, or holds none.
+    """
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not found:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
     return found

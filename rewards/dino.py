@@ -1,13 +1,10 @@
-"""DINO: likeness to reference pictures, and the adversarial reward of Adv-GRPO.
+"""DINO: likeness to reference pictures.
 
-    DinoSimilarity      max or mean over references of cos(f(image), f(reference)),  f = DINOv2's class token
-    Discriminator       .7 · h(class token) + .3 · mean_j h(patch_j),  h a small head, trained against the generator by
-                        ½ [relu(1 − h(real)) + relu(1 + h(fake))] on class tokens, plus .3 times the same on patches
+    score = max or mean over references of cos(f(image), f(reference)),     f = DINOv2's class token
 
-Tokens are normalised in training and in scoring alike (the published code does so only when scoring). The head is
-the only part that learns: :meth:`Discriminator.loss` is its objective, and scores carry no gradient to it.
+:mod:`flowalign.rewards.discriminator` puts a head on the same tokens.
 
-References: Oquab et al., DINOv2 (2304.07193), Apache-2.0; Adv-GRPO (2511.20256).
+Reference: Oquab et al., DINOv2 (2304.07193), Apache-2.0.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from flowalign.rewards.base import Judge, field
 from flowalign.rewards.loading import folder_or_id
 from flowalign.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
-__all__ = ["DinoSimilarity", "Discriminator"]
+__all__ = ["Dino", "DinoSimilarity"]
 
 
 class Dino(nn.Module):
@@ -110,66 +107,3 @@ class DinoSimilarity(Judge):
 
     def _reduce(self, cosines: Tensor) -> Tensor:
         return cosines.amax(-1) if self.how == "max" else cosines.mean(-1)
-
-
-class Discriminator(Judge):
-    """Adv-GRPO's discriminator: a reward that is retrained against the generator's own samples.
-
-    Args:
-        weights: hub id or folder of the frozen backbone.
-        hidden: width of the head.
-        class_weight: share of the class token in the score; the patches have the rest.
-        patch_weight: weight of the patches' hinge loss.
-        patches: how many patches per picture the loss looks at, drawn anew each time; None for all.
-        size: see :class:`Dino`.
-        dtype: of the backbone; the head is float32.
-    """
-
-    card = Card(
-        "dino-adversarial",
-        "how real a picture looks to a head trained against the generator",
-        differentiable=True,
-        range=(-3.0, 3.0),
-        licence="Apache-2.0",
-        weights="facebook/dinov2-base",
-        reference="arXiv:2511.20256",
-    )
-
-    def __init__(
-        self,
-        weights: str | Path = "facebook/dinov2-base",
-        *,
-        hidden: int = 512,
-        class_weight: float = 0.7,
-        patch_weight: float = 0.3,
-        patches: int | None = 64,
-        size: int = 518,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.dino = Dino(weights, size, dtype)
-        self.freeze()
-        width = int(self.dino.model.config.hidden_size)
-        self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        self.class_weight, self.patch_weight, self.patches = class_weight, patch_weight, patches
-
-    def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
-        """Return the mixed logit; gradients reach the media, never the head."""
-        frozen = {k: v.detach() for k, v in self.head.named_parameters()}
-        logits = torch.func.functional_call(self.head, frozen, (self.dino(media),)).squeeze(-1)
-        mixed = self.class_weight * logits[:, 0] + (1 - self.class_weight) * logits[:, 1:].mean(1)
-        return mixed.to(media.device)
-
-    def loss(self, real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return the hinge loss of the head on real ``(N, 3, H, W)`` and generated ``(M, 3, H, W)`` pictures."""
-        total: Tensor = torch.zeros((), device=real.device)
-        for media, sign in ((real, 1.0), (fake, -1.0)):
-            with torch.no_grad():
-                tokens = self.dino(media.detach())
-            keep = tokens[:, 1:]
-            if self.patches is not None and self.patches < keep.shape[1]:
-                index = torch.rand(keep.shape[:2], generator=generator).argsort(1)[:, : self.patches].to(keep.device)
-                keep = keep.gather(1, index.unsqueeze(-1).expand(-1, -1, keep.shape[-1]))
-            hinge = F.relu(1 - sign * self.head(tokens[:, 0])).mean()
-            total = total + 0.5 * (hinge + self.patch_weight * F.relu(1 - sign * self.head(keep)).mean()).to(total)
-        return total

@@ -31,10 +31,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from flowalign.pause import Away
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, Unjudged
 from flowalign.rewards.preprocess import to_bytes
-from flowalign.rewards.remote import RewardDown
 
 if TYPE_CHECKING:
     import httpx
@@ -51,7 +51,7 @@ QUESTION = (
 LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
-class EndpointDown(RewardDown):
+class EndpointDown(Away):
     """The endpoint did not answer after all retries."""
 
 
@@ -205,8 +205,7 @@ class OpenAIJudge(Judge):
                 time.sleep(min(pause, self.retry.longest))
         raise EndpointDown(
             f"judge {self.model!r} at {self.url} did not answer in {self.retry.attempts} attempts of up to "
-            f"{self.retry.timeout:g} s; last: {trouble}. Nothing was scored; start the server, or raise the timeout, "
-            "and go on."
+            f"{self.retry.timeout:g} s; last: {trouble}. Nothing was scored; start the server, or raise the timeout."
         )
 
     def _limited(self, response: httpx.Response) -> bytes:

@@ -38,7 +38,7 @@ REWARDS: dict[str, str] = {
     "clip-iqa": _HERE + "quality:ClipIqa",
     "compressibility": _HERE + "jpeg:Compressibility",
     "dino": _HERE + "dino:DinoSimilarity",
-    "dino-adversarial": _HERE + "dino:Discriminator",
+    "dino-adversarial": _HERE + "discriminator:Discriminator",
     "dynamic-degree": _HERE + "motion:DynamicDegree",
     "face": _HERE + "face:FaceIdentity",
     "frames": _HERE + "frames:FrameReward",

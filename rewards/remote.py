@@ -4,20 +4,16 @@
 
 Large batches are cut to what the server takes and sent ``parallel`` at a time. What passes (connection refused, timed
 out, 429, 502, 503, 504) is tried again with growing waits; what the server says is wrong is not. If it stays down for
-longer than ``grace`` seconds the run *pauses*: one clear message, then a try every few seconds; it goes on by itself
-when the server is back, and gives up after ``patience`` seconds with an error that says how to resume. Scores never
-turn into zeros on the way.
-
-:class:`~flowalign.rewards.asynchronous.Asynchronous` overlaps scoring with the next rollout.
+longer than ``grace`` seconds the answer is :class:`RewardDown`, upon which a run pauses and goes on by itself when the
+server is back (:mod:`flowalign.pause`). Scores never turn into zeros on the way.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowalign.pause import Away
 from flowalign.protocols import Card, Meta
 from flowalign.rewards.base import Judge, Unjudged
 from flowalign.rewards.preprocess import to_bytes
@@ -35,12 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Patience", "RemoteReward", "RewardDown"]
 
-log = logging.getLogger(__name__)
 PASSING = {408, 429, 502, 503, 504}
 
 
-class RewardDown(RuntimeError):
-    """The server did not come back."""
+class RewardDown(Away):
+    """The server does not answer; asking again later may help."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +45,13 @@ class Patience:
 
     Attributes:
         timeout: seconds for one request.
-        grace: seconds of silent retries before the run is said to be paused.
-        patience: seconds of pause before giving up; ``inf`` never does.
+        grace: seconds of silent retries before it is said to be down.
         first: seconds before the first retry, doubled each time up to ...
         longest: ... this many.
     """
 
     timeout: float = 120.0
     grace: float = 20.0
-    patience: float = 3600.0
     first: float = 0.25
     longest: float = 10.0
 
@@ -73,7 +67,6 @@ class RemoteReward(Judge):
         batch: samples per request, at most; the server's own limit is kept in any case.
         parallel: requests under way at once.
         patience: see :class:`Patience`.
-        say: where the messages of pause and resumption go.
     """
 
     card = Card("remote", "a reward behind HTTP", modality=("image", "video", "audio"))
@@ -87,7 +80,6 @@ class RemoteReward(Judge):
         batch: int = 64,
         parallel: int = 2,
         patience: Patience | None = None,
-        say: Callable[[str], None] = log.warning,
     ) -> None:
         super().__init__()
         if weights is None or not weights.startswith(("http://", "https://")):
@@ -101,7 +93,7 @@ class RemoteReward(Judge):
             import httpx
         except ImportError as error:
             raise ImportError("remote rewards need httpx: pip install 'flowalign[serve]'.") from error
-        self.url, self.encoding, self.patience, self.say = weights.rstrip("/"), encoding, patience or Patience(), say
+        self.url, self.encoding, self.patience = weights.rstrip("/"), encoding, patience or Patience()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(timeout=self.patience.timeout, headers=headers, follow_redirects=False)
         about = self._request("GET", "/card")
@@ -117,7 +109,7 @@ class RemoteReward(Judge):
         """Send the batch in pieces and join the answers.
 
         Raises:
-            RewardDown: the server did not come back in time.
+            RewardDown: the server is down.
             Unjudged: as the server's reward says.
             ValueError: the server refuses the input; its words are passed on.
         """
@@ -150,28 +142,18 @@ class RemoteReward(Judge):
         return answer
 
     def _request(self, method: str, path: str, body: bytes | None = None, kind: str = JSON) -> dict[str, Any]:
-        """Ask until there is an answer, with growing waits; say once that it takes long, and once that it is over."""
-        p, start, wait, paused, trouble = self.patience, time.monotonic(), self.patience.first, False, ""
+        """Ask until there is an answer, with growing waits, for as long as ``grace`` lasts."""
+        start, wait = time.monotonic(), self.patience.first
         while True:
             response, trouble = self._try(method, path, body, kind)
             if response is not None:
-                if paused:
-                    self.say(f"reward server {self.url} is back after {time.monotonic() - start:.0f} s: going on.")
                 return self._answer(response)
-            down = time.monotonic() - start
-            if down > p.grace + p.patience:
+            if time.monotonic() - start > self.patience.grace:
                 raise RewardDown(
-                    f"reward server {self.url} has been down for {down:.0f} s ({trouble}). Start it again (flowalign "
-                    "serve REWARD) and resume the run from its last checkpoint."
-                )
-            if down > p.grace and not paused:
-                paused = True
-                self.say(
-                    f"reward server {self.url} is down ({trouble}): the run is paused, nothing is lost, and goes on "
-                    f"when the server is back. Giving up in {p.patience:.0f} s; Ctrl-C stops now."
+                    f"reward server {self.url} is down ({trouble}). Start it again: flowalign serve REWARD."
                 )
             time.sleep(wait * random.uniform(0.75, 1.25))  # so that many clients do not come back in step
-            wait = min(2 * wait, p.longest)
+            wait = min(2 * wait, self.patience.longest)
 
     def _try(self, method: str, path: str, body: bytes | None, kind: str) -> tuple[httpx.Response | None, str]:
         import httpx

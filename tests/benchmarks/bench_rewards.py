@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
+from flowalign.rewards.asynchronous import Asynchronous
 from tiny_judges import (
     aesthetic_head,
     bert_vocab,
@@ -36,9 +37,9 @@ from tiny_judges import (
 
 from flowalign.protocols import Reward
 from flowalign.rewards.aesthetic import Aesthetic
-from flowalign.rewards.asynchronous import Asynchronous
 from flowalign.rewards.clip import HFClipScore
-from flowalign.rewards.dino import DinoSimilarity, Discriminator
+from flowalign.rewards.dino import DinoSimilarity
+from flowalign.rewards.discriminator import Discriminator
 from flowalign.rewards.face import FaceIdentity
 from flowalign.rewards.hps import HPS, HPSCrop
 from flowalign.rewards.hps3 import HPS3

@@ -13,7 +13,8 @@ from tiny_judges import dino, hf_clip, iresnet
 from flowalign.rewards.arcface import TEMPLATE, IResNet, align, similarity_transform
 from flowalign.rewards.base import Unjudged
 from flowalign.rewards.detect import Found, TorchvisionDetector, TransformersDetector, iou
-from flowalign.rewards.dino import DinoSimilarity, Discriminator
+from flowalign.rewards.dino import DinoSimilarity
+from flowalign.rewards.discriminator import Discriminator
 from flowalign.rewards.face import FaceIdentity
 from flowalign.rewards.geneval import COLOURS, ClipColour, GenEval, relations
 from flowalign.rewards.ocr import OCR, RapidReader, quoted, similarity

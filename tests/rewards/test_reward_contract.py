@@ -17,7 +17,8 @@ from tiny_judges import (
 from flowalign.protocols import Card, Reward
 from flowalign.rewards.aesthetic import Aesthetic
 from flowalign.rewards.clip import HFClipScore
-from flowalign.rewards.dino import DinoSimilarity, Discriminator
+from flowalign.rewards.dino import DinoSimilarity
+from flowalign.rewards.discriminator import Discriminator
 from flowalign.rewards.face import FaceIdentity
 from flowalign.rewards.hps import HPS, HPSCrop
 from flowalign.rewards.hps3 import HPS3

@@ -1,0 +1,68 @@
+"""When the training loop saves: every so many iterations, at the end, and when a judge that is away pauses the run.
+
+A pause falls in the middle of an iteration. What is saved then is the state with which the iteration began: the weights
+have not moved since, as all samples are judged before the first update, and the rest, which a rollout does change (the
+ledger, windows, the random state), is kept aside. Resuming does the iteration anew and ends up at the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flowalign import checkpoint
+from flowalign.scorer import Scorer
+from flowalign.trainer import Trainer
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """Saves a run.
+
+    Args:
+        folder: of the checkpoints; None saves nothing.
+        trainer: the state.
+        every: iterations between checkpoints; 0 for none but the last.
+    """
+
+    def __init__(self, folder: Path | None, trainer: Trainer, every: int) -> None:
+        self.folder, self.trainer, self.every = folder, trainer, every
+        self.metrics: dict[str, float] = {}
+
+    def keep(self, metrics: Mapping[str, float], last: bool) -> None:
+        """Save after an iteration, if it is the last or one is due."""
+        self.metrics = {"iteration": float(self.trainer.iteration), **metrics}
+        if last or (self.every and self.trainer.iteration % self.every == 0):
+            self._save({})
+
+    @contextmanager
+    def pausing(self, scorer: Scorer, stop: Callable[[], bool]) -> Iterator[None]:
+        """Save if a judge pauses the iteration inside, and end the pause when the run is to stop."""
+        steps, pause = self.trainer.steps, scorer.pause
+        around = copy.deepcopy(self.trainer.around()) if self.folder is not None else {}
+        scorer.pause = replace(pause, save=lambda: self._paused(steps, around), stop=stop)
+        try:
+            yield
+        finally:
+            scorer.pause = pause
+
+    def _save(self, around: Mapping[str, Any]) -> None:
+        if self.folder is not None:
+            state = {**self.trainer.state_dict(), **around, "metrics": self.metrics}
+            checkpoint.save(self.folder, self.trainer.iteration, state)
+
+    def _paused(self, steps: int, around: Mapping[str, Any]) -> str:
+        """Save the beginning of this iteration if it can be and is not there; say from where a resumed run goes on."""
+        if self.folder is None:
+            return "No folder was given, so nothing can be resumed once it ends."
+        iteration, path = self.trainer.iteration, checkpoint.latest(self.folder)
+        there = path is not None and path.name == checkpoint.name(iteration)
+        if iteration and not there and steps == self.trainer.steps:
+            self._save(around)
+            path = checkpoint.latest(self.folder)
+        return f"Resuming would go on from {path}." if path is not None else "Resuming would begin anew: nothing is done."
