@@ -27,7 +27,6 @@ from flowalign.precision import run_context
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Card, Meta, Pipeline, Reward
 from flowalign.recipe import Learner, learners_of
-from flowalign.recipe import Learner, learners_of
 from flowalign.scorer import Scorer
 from flowalign.source import Prompt, Source
 from flowalign.steer import SteerConfig
@@ -76,10 +75,6 @@ class Shuffled:
     def card(self) -> Card:
         """The card of the reward inside."""
         return self.reward.card
-
-    def learners(self) -> tuple[Learner, ...]:
-        """Return what learns in the reward inside: the control differs from the run in nothing but the order."""
-        return learners_of([self.reward])
 
     def learners(self) -> tuple[Learner, ...]:
         """Return what learns in the reward inside: the control differs from the run in nothing but the order."""
