@@ -65,8 +65,11 @@ class Pipeline(Protocol):
         """Encode prompts (and the images, masks, ... in ``meta``) once."""
         ...
 
-    def times(self, steps: int) -> Tensor:
-        """Return ``(steps + 1,)`` falling float64 times, the pipeline's own grid; the last is data time 0."""
+    def times(self, steps: int, cond: Condition | None = None) -> Tensor:
+        """Return ``(steps + 1,)`` falling float64 times, the pipeline's own grid; the last is data time 0.
+
+        ``cond`` says whose: where the grid depends on the resolution, the condition last encoded counts when None.
+        """
         ...
 
     def shape(self, cond: Condition) -> tuple[int, ...]:

@@ -22,19 +22,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.pipelines import lora
 from flowalign.pipelines.arguments import arguments
 from flowalign.pipelines.batching import Batching
 from flowalign.pipelines.condition import Inputs, Row
-from flowalign.pipelines.convention import Convention, convention
+from flowalign.pipelines.convention import Convention
 from flowalign.pipelines.decode import Decoder
-from flowalign.pipelines.grid import Grid
+from flowalign.pipelines.iterate import begin, evaluate
+from flowalign.pipelines.knowledge import Knowledge
 from flowalign.pipelines.memo import Memo
-from flowalign.pipelines.memory import Setting, setting
-from flowalign.pipelines.plan import Plan, learn
-from flowalign.pipelines.tap import Session, Tap, Visit
+from flowalign.pipelines.memory import Setting, chosen, same_setting
+from flowalign.pipelines.reading import convention
+from flowalign.pipelines.rows import make_rows, modality_of, needs_inputs
+from flowalign.pipelines.session import Session
+from flowalign.pipelines.tap import Tap
 from flowalign.pipelines.verdict import Verdict, examine
 from flowalign.process import Posterior, Process, Time
 from flowalign.protocols import Meta, Modality
@@ -43,12 +45,6 @@ __all__ = ["Adapter"]
 
 log = logging.getLogger("flowalign")
 PROBE_STEPS = 2
-KERNELS = {
-    "math": SDPBackend.MATH,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "flash_sdpa": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 NETWORKS = ("transformer", "unet", "prior", "decoder", "model", "dit")
 
 
@@ -85,13 +81,11 @@ class Adapter:
             )
         self.texts = {k: v for k, v in given.items() if "prompt" in k and isinstance(v, str) and k != "prompt"}
         self.base = {k: v for k, v in given.items() if k not in self.texts}
-        self.modality: Modality = modality or _modality(self.tap.accepted)
+        self.modality: Modality = modality or modality_of(self.tap.accepted)
         self.convention: Convention = convention(pipe.scheduler)
         self.steps = int(given.get("num_inference_steps", PROBE_STEPS))
         self.example: Inputs | None = None
-        self.plans: dict[Any, Plan] = {}
-        self.grids: dict[Any, Grid] = {}
-        self.starts: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.known = Knowledge(self)
         self.batching = Batching(self)
         self.decoder = Decoder(self)
         self.sdpa: str | None = None
@@ -109,7 +103,7 @@ class Adapter:
     def networks(self) -> dict[str, nn.Module]:
         """The networks that the loop runs, by component name; several for two experts or a ControlNet."""
         modules = self.tap.modules()
-        seen = {name for plan in self.plans.values() for name, _ in plan.networks}
+        seen = {name for plan in self.known.plans.values() for name, _ in plan.networks}
         experts = {k for k in modules if k in NETWORKS or k.removesuffix("_2") in NETWORKS}
         return {k: m for k, m in modules.items() if k in seen | experts}
 
@@ -139,29 +133,25 @@ class Adapter:
             ValueError: for an empty list, things that are not strings, a meta of another length, or prompts of which
                 some have inputs that others lack.
         """
-        rows = self._rows(prompts, meta, seeds)
+        rows = make_rows(prompts, meta, seeds, self.tap.accepted, self.texts)
         cond = Inputs(rows, self.guided)
         self.example = cond[torch.tensor([0])]
         for part in self.batching.calls(cond):
             session = Session(stop_at_entry=True, batch=len(part))
-            self._run([rows[i] for i in part], self.guided, session)
+            self.run([rows[i] for i in part], self.guided, session)
         if self.pending:
             self.examine(self.example)
         return cond
 
     def needs_inputs(self) -> bool:
         """Return whether the pipeline cannot be called with a prompt alone."""
-        wanted = [p.name for p in self.tap.signature.parameters.values() if p.default is p.empty and p.name != "self"]
-        given = self.base.keys() | {"prompt"}
-        pictures = {"image", "images", "video", "control_image", "mask_image", "source", "class_labels", "input_image"}
-        extra = {k for k in self.tap.accepted & pictures if k not in given}
-        return "prompt" not in self.tap.accepted or bool(set(wanted) - given) or bool(extra)
+        return needs_inputs(self.tap, self.base)
 
     def examine(self, cond: Inputs | None = None) -> Verdict:
         """Run the self-test on a condition (an example prompt when None) and keep its verdict."""
         self.pending = False
         steps = self.steps
-        self.verdict = examine(self, cond[torch.tensor([0])] if cond is not None else self._example())
+        self.verdict = examine(self, cond[torch.tensor([0])] if cond is not None else self.sample())
         self.steps = steps
         if self.verdict.status == "fails":
             warnings.warn(
@@ -170,37 +160,6 @@ class Adapter:
         else:
             log.info("flowalign self-test: %s", self.verdict)
         return self.verdict
-
-    def _rows(self, prompts: Sequence[str], meta: Meta | None, seeds: Sequence[int] | None) -> tuple[Row, ...]:
-        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(p, str) for p in prompts):
-            kinds = sorted({type(p).__name__ for p in prompts})
-            raise ValueError(
-                f"prompts must be a non-empty list of strings, one per row; got {type(prompts).__name__} of {kinds}."
-            )
-        for what, given in (("meta", meta), ("seeds", seeds)):
-            if given is not None and len(given) != len(prompts):
-                raise ValueError(f"{what} must have one entry per prompt; got {len(given)} for {len(prompts)} prompts.")
-        extras = [
-            {
-                **self.texts,
-                **{k: v for k, v in (meta[i] if meta else {}).items() if k in self.tap.accepted and k != "prompt"},
-            }
-            for i in range(len(prompts))
-        ]
-        rows = tuple(Row(p, e, seeds[i] if seeds else 0) for i, (p, e) in enumerate(zip(prompts, extras, strict=True)))
-        if len({frozenset(r.inputs) for r in rows}) > 1:
-            lists = sorted({tuple(sorted(r.inputs)) for r in rows})
-            raise ValueError(
-                f"all rows of one batch need the same kinds of inputs; these have {' and '.join(map(str, lists))}. "
-                "Give every row the same keys, or encode them in separate batches."
-            )
-        if len({r.kind for r in rows}) > 1:
-            raise ValueError(
-                f"all rows of one batch need inputs of the same size; "
-                f"these have {sorted({str(r.kind) for r in rows})}. "
-                "Resize them, or encode them in separate batches."
-            )
-        return rows
 
     # -- times and shapes --------------------------------------------------------------------------------------
     def times(self, steps: int, cond: Inputs | None = None) -> Tensor:
@@ -219,109 +178,31 @@ class Adapter:
         if steps < 1:
             raise ValueError(f"a grid needs at least one step; got {steps}.")
         self.steps = steps
-        return self._grid(cond if cond is not None else self._example(), steps).times.clone()
+        return self.known.grid(cond if cond is not None else self.sample(), steps).times.clone()
 
     def shape(self, cond: Inputs | None = None) -> tuple[int, ...]:
         """Return the shape of one sample's state."""
-        return self._plan(cond if cond is not None else self._example()).shape
+        return self.known.plan(cond if cond is not None else self.sample()).shape
 
-    def _example(self) -> Inputs:
+    def sample(self) -> Inputs:
+        """Return the condition last encoded, one row of it, or an example prompt."""
         if self.example is None:
-            self.example = Inputs(self._rows(["a photo"], None, None), self.guided)
+            rows = make_rows(["a photo"], None, None, self.tap.accepted, self.texts)
+            self.example = Inputs(rows, self.guided)
         return self.example
-
-    def _plan(self, cond: Inputs) -> Plan:
-        key = (cond.rows[0].kind, cond.guided)
-        if key not in self.plans:
-            steps = self._two(cond)
-            self.plans[key] = learn(self.tap, self.arguments(cond.rows[:1], cond.guided, steps))
-        return self.plans[key]
-
-    def _two(self, cond: Inputs) -> int:
-        """Return a number of steps whose grid has at least two entries (image-to-image starts inside its grid)."""
-        steps = max(self.steps, 2)
-        while len(self._grid(cond, steps)) < 2 and steps < 64:
-            steps *= 2
-        return steps
-
-    def _grid(self, cond: Inputs, steps: int) -> Grid:
-        key = (cond.rows[0].kind, steps)
-        if key not in self.grids:
-            session = Session(stop_at_entry=True)
-            self._run(cond.rows[:1], cond.guided, session, steps)
-            if session.track is None:
-                raise ValueError(
-                    f"{type(self.pipe).__name__} ended without iterating the grid that scheduler.set_timesteps made; "
-                    "its loop cannot be tapped."
-                )
-            self.grids[key] = Grid.of(session.track, session.offset, session.scheduler, self.convention)
-        return self.grids[key]
-
-    def _locate(self, cond: Inputs, t: float) -> tuple[Grid, int]:
-        """Return the grid on which ``t`` lies, the current one first, and its number of steps."""
-        current = self._grid(cond, self.steps)
-        if current.find(t) is None:
-            for (kind, steps), grid in self.grids.items():
-                if kind == cond.rows[0].kind and grid.find(t) is not None:
-                    return grid, steps
-        return current, self.steps
-
-    def known_grids(self) -> list[Grid]:
-        """Return the grids asked for so far, those of the current number of steps first."""
-        return [g for _, g in sorted(self.grids.items(), key=lambda item: item[0][1] != self.steps)]
-
-    def any_plan(self) -> Plan:
-        """Return the plan of the last kind of call (solver arguments do not differ between kinds)."""
-        return next(reversed(self.plans.values())) if self.plans else self._plan(self._example())
-
-    @property
-    def settles(self) -> bool:
-        """Whether the pipeline changes its latents between two steps (blending, pinned frames)."""
-        return any(plan.settle for plan in self.plans.values())
 
     # -- states ------------------------------------------------------------------------------------------------
     def start(self, noise: Tensor, t: float, cond: Inputs) -> Tensor:
         """Return the states at which the pipeline's loop begins for this standard normal ``(B, *shape)``.
 
         The pipeline's own ``prepare_latents`` says how: scaled by ``init_noise_sigma``, mixed with an input image, with
-        pinned frames. It is affine in the noise, so two calls with constant noise tell.
+        pinned frames; see :func:`flowalign.pipelines.iterate.begin`.
 
         Raises:
             ValueError: if t is not the first time of a grid, or the noise has another shape.
         """
         self._check(noise, cond)
-        grid, steps = self._locate(cond, float(t))
-        if float(t) != grid.listed[0]:
-            raise ValueError(
-                f"{type(self.pipe).__name__} starts at t = {grid.listed[0]:.6g} "
-                f"with {steps} steps, not at {float(t):.6g}. "
-                "Start at times[0]; for a clean state x0 use process.diffuse(x0, t, noise)."
-            )
-        key = (cond.rows[0].kind, steps, cond.guided) if not cond.rows[0].kind else None
-        if key is None or key not in self.starts:
-            who = cond[torch.tensor([0])] if key is not None else cond
-            offset, one = (self._begin(who, steps, value) for value in (0.0, 1.0))
-            if torch.equal(offset, one):
-                raise ValueError(
-                    f"{type(self.pipe).__name__} does not draw its starting noise with randn_tensor, so start() cannot "
-                    "replace it. Make the first state yourself: noise * pipe.scheduler.init_noise_sigma."
-                )
-            pair = (offset, one - offset)
-            if key is not None:
-                self.starts[key] = pair
-        else:
-            pair = self.starts[key]
-        return pair[0] + pair[1] * noise.to(pair[0])
-
-    def _begin(self, cond: Inputs, steps: int, value: float) -> Tensor:
-        plan = self._plan(cond)
-        found: list[Tensor] = []
-        with torch.no_grad():
-            for part in self.batching.calls(cond):
-                session = plan.session(len(part), visits=[Visit(0, real=False)], noise=value)
-                self._run([cond.rows[i] for i in part], cond.guided, session, steps)
-                found.append(plan.pack([c.sample for c in session.captured], len(part)))
-        return torch.cat(found).float()
+        return begin(self, noise, t, cond)
 
     def posterior(self, x: Tensor, t: Time, cond: Inputs) -> Posterior:
         """Return ``E[x0|x], E[ε|x]``: one iteration of the pipeline's own loop, guidance included; differentiable.
@@ -335,82 +216,21 @@ class Adapter:
             ValueError: for states of another shape, or a condition of another length.
         """
         self._check(x, cond)
-        self._same_setting()
-        raw, mean, seen = self._evaluate(x, t, cond)
-        if "pred_original_sample" in self._plan(cond).echoed:  # Cosmos 1 hands its x0 to step()
+        same_setting(self)
+        raw, mean, seen = evaluate(self, x, t, cond)
+        if "pred_original_sample" in self.known.plan(cond).echoed:  # Cosmos 1 hands its x0 to step()
             return replace(self.process.posterior(seen, t, x0=mean), output=raw)
         return replace(self.convention.read(seen, t, mean), output=raw)
 
     def _check(self, x: Tensor, cond: Inputs) -> None:
-        want = self._plan(cond).shape
+        want = self.known.plan(cond).shape
         if len(x) != len(cond) or tuple(x.shape[1:]) != want:
             raise ValueError(
                 f"states must have shape ({len(cond)}, {', '.join(map(str, want))}): one row per condition, in "
                 f"the layout that the pipeline's scheduler sees; got {tuple(x.shape)}."
             )
 
-    def _evaluate(self, x: Tensor, t: Time, cond: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the raw output, the part of it that predicts the mean, and the states that the network really saw.
-
-        Times and rows may be mixed freely. The states are x itself but where the pipeline blends or pins between steps.
-        """
-        times = torch.as_tensor(t, dtype=torch.float64).cpu()
-        single = times.ndim == 0 or bool((times == times[0]).all())
-        groups: list[tuple[Any, list[int]]]
-        if single or self.batching.spreads(x, times, cond):
-            shared: Any = float(times.reshape(-1)[0]) if single else times
-            groups = [(shared, list(range(len(x))))]
-        else:
-            groups = [(float(v), (times == v).nonzero().flatten().tolist()) for v in times.unique()]
-        pieces: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]] = []
-        for when, members in groups:
-            index = torch.tensor(members)
-            for part in self.batching.calls(cond[index]):
-                own = index[torch.tensor(part)]
-                whole = len(own) == len(x)
-                part_t = when[own] if isinstance(when, Tensor) else when
-                got = self._step(x if whole else x[own.to(x.device)], part_t, cond if whole else cond[own])
-                pieces.append((own.tolist(), got))
-        if len(pieces) == 1:
-            return pieces[0][1]
-        back = torch.tensor([i for own, _ in pieces for i in own]).argsort().to(x.device)
-        raw, mean, seen = (torch.cat([got[k] for _, got in pieces])[back] for k in range(3))
-        return raw, mean, seen
-
-    def _step(self, x: Tensor, t: Any, cond: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Run one iteration for rows that fit in one call."""
-        plan, batch = self._plan(cond), len(x)
-        first = float(t[0]) if isinstance(t, Tensor) else float(t)
-        grid, steps = self._locate(cond, first)
-        spot = grid.spot(first)
-        time = None
-        if isinstance(t, Tensor):
-            values = [grid.spot(float(v)) for v in t]
-            stamps = [grid.timesteps[s.index] if s.timestep is None else torch.tensor(s.timestep) for s in values]
-            time = torch.stack([s.to(grid.timesteps) for s in stamps])
-        parts = plan.unpack(x)
-        visits = [Visit(0, put=parts, real=plan.warm == "real")] if plan.warm and spot.index > 0 else []
-        enters = plan.way == "P" or (plan.way == "PS" and spot.index == 0)
-        if not enters or (plan.settle and spot.index > 0):
-            visits.append(Visit(max(spot.index - 1, 0), put=parts, real=False))
-        visits.append(Visit(spot.index, time=time))
-        edit = None
-        if spot.timestep is not None and spot.sigma is not None:
-            edit = (spot.index + grid.offset, spot.timestep, spot.sigma)
-        session = plan.session(batch, visits=visits, x=parts[0] if enters else None, edit=edit)
-        self._run(cond.rows, cond.guided, session, steps)
-        if not session.captured:
-            raise RuntimeError(f"{type(self.pipe).__name__} left its loop without a step at t = {first:.6g}.")
-        outputs = [c.output for c in session.captured]
-        raw = outputs[0][:batch] if len(outputs) == 1 and plan.batched else plan.pack(outputs, batch)
-        seen = plan.pack([c.sample for c in session.captured], batch) if plan.settle else x
-        return raw, plan.pack(outputs, batch), seen
-
     # -- calls -------------------------------------------------------------------------------------------------
-    def _device(self) -> torch.device:
-        first = next(iter(self.tap.modules().values()), None)
-        return torch.device("cpu") if first is None else next(first.parameters()).device
-
     def arguments(self, rows: Sequence[Row], guided: bool, steps: int, output_type: str = "pt") -> dict[str, Any]:
         """Return the arguments of one call; see :func:`flowalign.pipelines.arguments.arguments`."""
         return arguments(self.tap, self.base, rows, guided, steps, output_type)
@@ -421,8 +241,7 @@ class Adapter:
 
     def relearn(self) -> None:
         """Forget everything that was learnt of the pipeline, e.g. after its precision has changed."""
-        for known in (self.plans, self.grids, self.starts):
-            known.clear()
+        self.known = Knowledge(self)
         self.batching = Batching(self)
         self.memo.forget()
         self.decoder = Decoder(self)
@@ -434,25 +253,18 @@ class Adapter:
             self.tap.freed[name] = self.tap.modules()[name].to("cpu")
         return names
 
-    def _same_setting(self) -> None:
-        now = setting(next(iter(self.experts.values())), self.sdpa)
-        if self.setting is None:
-            self.setting = now
-        elif self.setting != now:
-            raise RuntimeError(
-                f"the network ran as {self.setting} before and would now run as {now}: densities of a rollout and "
-                "of an update would differ, and the ratio would not be 1. Use the same autocast, precision and "
-                "attention backend in both, or call forget_setting() if that is meant."
-            )
+    def device(self) -> torch.device:
+        """Return where the pipeline's networks are."""
+        first = next(iter(self.tap.modules().values()), None)
+        return torch.device("cpu") if first is None else next(first.parameters()).device
 
-    def _run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
+    def run(self, rows: Sequence[Row], guided: bool, session: Session, steps: int | None = None) -> Any:
+        """Run the pipeline under a session, in the chosen attention kernel."""
         session.batch = len(rows)
         by_prompt = "encode_prompt" in vars(self.tap.shadow_class) and "prior" not in vars(self.pipe)
         session.module_memo = bool(rows[0].kind) or not by_prompt
         call = self.arguments(rows, guided, steps if steps is not None else max(self.steps, 2))
-        if self.sdpa is None:
-            return self.tap.call(call, session)
-        with sdpa_kernel(KERNELS[self.sdpa]):
+        with chosen(self.sdpa):
             return self.tap.call(call, session)
 
     # -- media -------------------------------------------------------------------------------------------------
@@ -507,9 +319,3 @@ class Adapter:
     def save(self, path: Path | str) -> None:
         """Write what was trained: LoRA weights if there are any, else the whole pipeline, in diffusers format."""
         lora.save(self.pipe, self.experts, Path(path))
-
-
-def _modality(accepted: frozenset[str]) -> Modality:
-    if accepted & {"num_frames", "video_length"}:
-        return "video"
-    return "audio" if any("audio" in name for name in accepted) else "image"

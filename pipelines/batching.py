@@ -7,12 +7,14 @@ tried once per kind of input, against one call per row, and rows are grouped acc
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flowalign.pipelines.condition import Inputs, call_arguments
+from flowalign.pipelines.iterate import step
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
@@ -20,14 +22,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Batching"]
 
+log = logging.getLogger("flowalign")
+REFUSALS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
 
 class Batching:
-    """What one adapter has found out about batches."""
+    """What one adapter has found out about batches.
+
+    Attributes:
+        per_sample: by kind of call, whether it takes one time per sample.
+        batches: by kind of call, whether rows of one prompt (``same``) or of several (``mixed``) can share it.
+        reasons: why not, where not, in words.
+    """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.per_sample: dict[Any, bool] = {}
         self.batches: dict[Any, bool] = {}
+        self.reasons: list[str] = []
 
     def calls(self, cond: Inputs) -> list[list[int]]:
         """Return which rows share a call: all of them, those that are the same, or each its own.
@@ -58,26 +70,45 @@ class Batching:
 
     def _try_batch(self, pair: Inputs) -> bool:
         """Return whether two rows in one call give what each gives alone."""
-        plan = self.adapter._plan(pair)
+        plan = self.adapter.known.plan(pair)
         if not plan.batched or call_arguments(pair.rows, self.adapter.tap.accepted) is None:
             return False
-        t = self.adapter._grid(pair, self.adapter._two(pair)).listed[0]
-        device = self.adapter._device()
+        t = self.adapter.known.grid(pair, self.adapter.known.two(pair)).listed[0]
+        device = self.adapter.device()
         x = torch.randn(2, *plan.shape, generator=torch.Generator().manual_seed(0)).to(device)
         with torch.no_grad():
-            apart = torch.cat([self.adapter._step(x[i : i + 1], t, pair[torch.tensor([i])])[1] for i in (0, 1)])
-            try:
-                together = self.adapter._step(x, t, pair)[1]
-            except Exception:  # whatever the pipeline does with two rows, it does not take them: that is the answer
-                return False
-        return self._agree(together, apart, plan)
+            apart = torch.cat([step(self.adapter, x[i : i + 1], t, pair[torch.tensor([i])])[1] for i in (0, 1)])
+            together = self._together(x, t, pair, "two rows")
+        return together is not None and self._agree(together, apart, plan, "two rows")
 
-    def _agree(self, a: Tensor, b: Tensor, plan: Plan) -> bool:
+    def _together(self, x: Tensor, t: Any, cond: Inputs, what: str) -> Tensor | None:
+        """Return the answer of one call for all rows; None, and the reason kept, where the pipeline does not take it.
+
+        Only what code does with shapes and types that it was not written for counts as an answer; running out of
+        memory, an interrupt or a bug elsewhere is passed on.
+        """
+        try:
+            return step(self.adapter, x, t, cond)[1]
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as problem:
+            self._note(f"{what} in one call: {type(problem).__name__}: {problem}")
+            return None
+
+    def _note(self, reason: str) -> None:
+        self.reasons.append(reason)
+        log.info("%s takes rows or times one by one: %s", type(self.adapter.pipe).__name__, reason)
+
+    def _agree(self, a: Tensor, b: Tensor, plan: Plan, what: str) -> bool:
         """Return whether two answers are the same to the round-off of the pipeline's precision."""
         limit = 1e-3 if plan.dtypes[0] in (torch.float32, torch.float64) and not self._half() else 5e-2
-        return a.shape == b.shape and float((a - b).float().abs().amax()) < limit * (
-            float(b.float().abs().amax()) + 1e-12
-        )
+        if a.shape != b.shape:
+            self._note(f"{what} in one call: an output of shape {tuple(a.shape)} for {tuple(b.shape)}")
+            return False
+        gap = float((a - b).float().abs().amax()) / (float(b.float().abs().amax()) + 1e-12)
+        if not gap < limit:
+            self._note(f"{what} in one call: outputs differ by {gap:.1e} (relative) from those of one call each")
+        return gap < limit
 
     def _half(self) -> bool:
         return any(
@@ -97,15 +128,12 @@ class Batching:
 
     def _try_spread(self, x: Tensor, times: Tensor, cond: Inputs) -> bool:
         if len(self.calls(cond)) > 1 or any(
-            self.adapter._locate(cond, float(v))[1] != self.adapter.steps for v in times
+            self.adapter.known.locate(cond, float(v))[1] != self.adapter.steps for v in times
         ):
             return False
         with torch.no_grad():
             apart = torch.cat(
-                [self.adapter._step(x[i : i + 1], float(times[i]), cond[torch.tensor([i])])[1] for i in (0, 1)]
+                [step(self.adapter, x[i : i + 1], float(times[i]), cond[torch.tensor([i])])[1] for i in (0, 1)]
             )
-            try:
-                together = self.adapter._step(x, times, cond)[1]
-            except Exception:  # whatever the pipeline does with t, it does not take a vector: that is the answer
-                return False
-        return self._agree(together, apart, self.adapter._plan(cond))
+            together = self._together(x, times, cond, "two times")
+        return together is not None and self._agree(together, apart, self.adapter.known.plan(cond), "two times")

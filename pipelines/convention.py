@@ -12,6 +12,8 @@ time between grid points; and how a raw model output becomes ``E[x0|x]`` and ``E
 
 At grid points the time is exact in float64: it is computed from the scheduler's own float32 sigma, so a kernel that
 uses ``process(t)`` uses the very noise level that the pipeline's solver uses.
+
+:func:`flowalign.pipelines.reading.convention` tells which one a scheduler follows.
 """
 
 from __future__ import annotations
@@ -25,11 +27,9 @@ import torch
 from torch import Tensor
 
 from flowalign.gaussian import per_sample, work_dtype
-from flowalign.process import Karras, Posterior, Process, Rectified, Rescaled, Time, VariancePreserving
+from flowalign.process import Karras, Posterior, Process, Rescaled, Time, VariancePreserving
 
-__all__ = ["Convention", "Diffusion", "Edm", "Flow", "KDiffusion", "Trig", "convention"]
-
-CONSISTENCY = ("LCMScheduler",)
+__all__ = ["Convention", "Diffusion", "Flow", "KDiffusion", "Ratio", "angle_times", "sigma_times"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,20 @@ class Diffusion(Convention):
 
 
 @dataclass(frozen=True)
+class Ratio(Diffusion):
+    """Wuerstchen and Stable Cascade: the timestep is the cosine schedule's own argument in [0, 1]."""
+
+    def times(self, scheduler: Any) -> Tensor:
+        """Return the timesteps, which end at 0."""
+        steps = scheduler.timesteps.detach().double().cpu()
+        return steps if float(steps[-1]) == 0.0 else torch.cat([steps, steps.new_zeros(1)])
+
+    def timestep(self, t: float) -> float:
+        """Return t."""
+        return t
+
+
+@dataclass(frozen=True)
 class KDiffusion(Convention):
     """States ``x0 + σ̃ ε`` (the Euler, Heun, LMS and KDPM2 family), over the angle clock or over Karras's."""
 
@@ -199,110 +213,6 @@ class KDiffusion(Convention):
         return (posterior.eps - s * posterior.x0) / (1 + s**2).sqrt()
 
 
-@dataclass(frozen=True)
-class Edm(Convention):
-    """EDM preconditioning: ``x0 = c_skip x + c_out F``; ``sigma_min`` > 0 gives the consistency-model boundary."""
-
-    process: Karras
-    sigma_data: float = 0.5
-    sigma_min: float = 0.0
-    sign: float = 1.0
-    consistency: bool = False
-
-    def times(self, scheduler: Any) -> Tensor:
-        """Return ``(σ/σ_max)^(1/ρ)``."""
-        return sigma_times(self.process, scheduler.sigmas, len(scheduler.timesteps))
-
-    def timestep(self, t: float) -> float:
-        """Return ``log(σ)/4``; consistency models scale it by 1000."""
-        sigma = max(self.sigma(t), 1e-12)
-        return 1000 * 0.25 * math.log(sigma + 1e-44) if self.consistency else 0.25 * math.log(sigma)
-
-    def sigma(self, t: float) -> float:
-        """Return ``σ_max t^ρ``."""
-        return float(self.process(t)[1])
-
-    def read(self, x: Tensor, t: Time, raw: Tensor) -> Posterior:
-        """Return the denoised sample's posterior."""
-        x = x.to(work_dtype(x))
-        skip, out = self._scalings(t, x)
-        return self.process.posterior(x, t, x0=skip * x + out * raw.to(x))
-
-    def write(self, x: Tensor, posterior: Posterior) -> Tensor:
-        """Return ``F``."""
-        skip, out = self._scalings(posterior.t, posterior.x0)
-        return (posterior.x0 - skip * x) / out
-
-    def _scalings(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        s, d = self.process(t)[1], self.sigma_data
-        shifted = s - self.sigma_min
-        out = self.sign * shifted * d / (s**2 + d**2).sqrt()
-        return per_sample(d**2 / (shifted**2 + d**2), like), per_sample(out, like)
-
-
-@dataclass(frozen=True)
-class Arc(Process):
-    """``α = cos(πt/2), σ = σ_data sin(πt/2)``: the circle of sCM, with states in units of σ_data (2410.11081)."""
-
-    sigma_data: float = 0.5
-
-    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        """Return ``(cos θ, σ_d sin θ)``."""
-        theta = torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2)
-        return theta.cos(), self.sigma_data * theta.sin()
-
-    def rates(self, t: Time) -> tuple[Tensor, Tensor]:
-        """Return ``π/2 (-sin θ, σ_d cos θ)``."""
-        theta = torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2)
-        return -theta.sin() * math.pi / 2, self.sigma_data * theta.cos() * math.pi / 2
-
-
-@dataclass(frozen=True)
-class Trig(Convention):
-    """TrigFlow: timesteps are angles."""
-
-    process: Arc
-
-    def times(self, scheduler: Any) -> Tensor:
-        """Return ``2θ/π``."""
-        angles = scheduler.timesteps.detach().double().cpu()
-        # the largest angle is written 1.57080, which is a little more than π/2
-        return torch.cat([(angles * (2 / math.pi)).clamp_max(1.0), angles.new_zeros(1)])
-
-    def timestep(self, t: float) -> float:
-        """Return the angle."""
-        return t * math.pi / 2
-
-    def sigma(self, t: float) -> float:
-        """Return the angle too: the scheduler holds no sigmas."""
-        return self.timestep(t)
-
-    def read(self, x: Tensor, t: Time, raw: Tensor) -> Posterior:
-        """Return ``x0 = cos θ x - sin θ F``."""
-        x = x.to(work_dtype(x))
-        theta = torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2)
-        return self.process.posterior(x, t, x0=per_sample(theta.cos(), x) * x - per_sample(theta.sin(), x) * raw.to(x))
-
-    def write(self, x: Tensor, posterior: Posterior) -> Tensor:
-        """Return ``F = (cos θ x - x0)/sin θ``."""
-        theta = torch.as_tensor(posterior.t, dtype=torch.float64) * (math.pi / 2)
-        return (per_sample(theta.cos(), x) * x - posterior.x0) / per_sample(theta.sin(), x)
-
-
-@dataclass(frozen=True)
-class Ratio(Diffusion):
-    """Wuerstchen and Stable Cascade: the timestep is the cosine schedule's own argument in [0, 1]."""
-
-    def times(self, scheduler: Any) -> Tensor:
-        """Return the timesteps, which end at 0."""
-        steps = scheduler.timesteps.detach().double().cpu()
-        return steps if float(steps[-1]) == 0.0 else torch.cat([steps, steps.new_zeros(1)])
-
-    def timestep(self, t: float) -> float:
-        """Return t."""
-        return t
-
-
 def angle_times(process: VariancePreserving, sigmas: Tensor, count: int) -> Tensor:
     """Return the times at which ``σ/α`` equals ``sigmas``; inverts the piecewise linear angle."""
     theta = sigmas.detach().double().cpu()[: count + 1].atan()
@@ -325,76 +235,3 @@ def sigma_times(process: Process, sigmas: Tensor, count: int) -> Tensor:
     assert isinstance(process, Karras)
     t = process.time(sigmas.detach().double().cpu()[:count])
     return torch.cat([t, t.new_zeros(1)])
-
-
-def convention(scheduler: Any) -> Convention:
-    """Return what ``scheduler`` means, read from its attributes and configuration after ``set_timesteps``.
-
-    Raises:
-        ValueError: if it follows none of the known conventions; the pipeline's own solver can still be replayed by
-            :class:`~flowalign.pipelines.handover.Handover`, but no other kernel has a meaning there.
-    """
-    config, name, state = scheduler.config, type(scheduler).__name__, vars(scheduler)
-    prediction = config.get("prediction_type", "epsilon")
-    n = float(config.get("num_train_timesteps", 1000) or 1000)
-    flow = prediction in ("flow", "flow_prediction") or bool(config.get("use_flow_sigmas", False))
-    if flow or name.startswith(("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "Helios")):
-        top = float(config.get("sigma_max") or 1.0)
-        if top > 1 and config.get("use_karras_sigmas"):  # Cosmos 2: σ up to 80, and the "velocity" is dx/dσ = ε
-            return KDiffusion(Karras(top, 7.0), "epsilon", int(n))
-        return Flow(Rectified(), n, bool(config.get("invert_sigmas", False)))
-    if prediction == "trigflow":
-        return Trig(Arc(float(config.sigma_data)))
-    if name == "DDPMWuerstchenScheduler":
-        return _ratio(scheduler)
-    if config.get("sigma_data") is not None and "sigmas" in state and "alphas_cumprod" not in state:
-        return _edm(scheduler, prediction)
-    if "alphas_cumprod" in state:
-        return _diffusion(scheduler, prediction, int(n))
-    raise ValueError(
-        f"{name} follows no convention that is known here (flow sigmas, alphas_cumprod, k-diffusion or EDM sigmas, "
-        "TrigFlow). Give the pipeline a scheduler of one of these kinds, or use its own solver through Handover alone."
-    )
-
-
-def _edm(scheduler: Any, prediction: str) -> Edm:
-    config = scheduler.config
-    consistency = type(scheduler).__name__ == "CMStochasticIterativeScheduler"
-    top = float(scheduler.sigmas.max()) if not consistency else float(config.sigma_max)
-    return Edm(
-        Karras(top, float(config.get("rho", 7.0))),
-        float(config.sigma_data),
-        float(config.sigma_min) if consistency else 0.0,
-        -1.0 if prediction == "v_prediction" else 1.0,
-        consistency,
-    )
-
-
-def _diffusion(scheduler: Any, prediction: str, n: int) -> Convention:
-    config, state = scheduler.config, vars(scheduler)
-    name = type(scheduler).__name__
-    scaled = "sigmas" in state and name.startswith(("Euler", "Heun", "LMS", "KDPM2", "DPMSolverSDE"))
-    final = state.get("final_alpha_cumprod")
-    if config.get("final_sigmas_type") == "sigma_min":
-        final = scheduler.alphas_cumprod[0]
-    process = VariancePreserving.from_alphas_cumprod(scheduler.alphas_cumprod, None if final is None else float(final))
-    if not scaled:
-        boundary = None
-        if name in CONSISTENCY:
-            boundary = (float(config.timestep_scaling), 0.5)
-        return Diffusion(process, prediction, n, "sigmas" in state, boundary)
-    top = float(scheduler.sigmas.max())
-    if config.get("use_karras_sigmas") and config.get("sigma_max") is not None:
-        top = float(config.sigma_max)  # before set_timesteps, sigmas still are those of the table
-    continuous = config.get("timestep_type") == "continuous"
-    if continuous or math.atan(top) > process.angles[-1] + 1e-4:
-        return KDiffusion(Karras(top, 7.0), prediction, n, continuous)
-    return KDiffusion(Rescaled(process), prediction, n)
-
-
-def _ratio(scheduler: Any, knots: int = 4096) -> Ratio:
-    grid = torch.arange(1, knots + 1, dtype=torch.float64) / knots
-    alphas = scheduler._alpha_cumprod(grid, torch.device("cpu")).double()
-    final = scheduler._alpha_cumprod(torch.zeros(1, dtype=torch.float64), torch.device("cpu"))
-    table = VariancePreserving.from_alphas_cumprod(alphas.cummin(0).values, float(final))
-    return Ratio(table, "epsilon", knots)

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flowalign.pipelines.latents import Unpacking, encode_media, learn_unpacking
-from flowalign.pipelines.tap import Halt, Visit, swapped
+from flowalign.pipelines.patching import swapped
+from flowalign.pipelines.session import Halt, Visit
 from flowalign.protocols import check_media
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Decoder:
         key = (cond.rows[0].kind, cond.guided)
         if key in self.ways:
             return self._by(self.ways[key], x, cond)
-        plan = self.adapter._plan(cond)
+        plan = self.adapter.known.plan(cond)
         candidates = ("zero", "step", "raw") if plan.way == "P" and not plan.settle else ("step", "raw")
         problems = []
         for way in candidates:
@@ -175,14 +176,14 @@ class Decoder:
 
     def _session(self, way: str, x: Tensor, cond: Inputs) -> Any:
         """Run what follows the loop: after no iteration at all, or after one whose ``step`` returns the states."""
-        adapter, plan = self.adapter, self.adapter._plan(cond)
-        parts, steps = plan.unpack(x), adapter._two(cond)
-        last = len(adapter._grid(cond, steps)) - 1
+        adapter, plan = self.adapter, self.adapter.known.plan(cond)
+        parts, steps = plan.unpack(x), adapter.known.two(cond)
+        last = len(adapter.known.grid(cond, steps)) - 1
         visits = [] if way == "zero" else [Visit(last, put=parts, real=False)]
         if plan.warm and visits:
             visits.insert(0, Visit(0, put=parts, real=plan.warm == "real"))
         session = plan.session(len(x), visits=visits, x=parts[0] if plan.way == "P" else None)
-        return adapter._run(cond.rows, cond.guided, session, steps)
+        return adapter.run(cond.rows, cond.guided, session, steps)
 
     def _raw(self, x: Tensor, cond: Inputs) -> Tensor:
         """Stop at ``vae.decode`` and take what it returns."""
@@ -194,7 +195,7 @@ class Decoder:
             raise Halt
 
         with swapped(vae, "decode", decode):
-            self._session("zero" if self.adapter._plan(cond).way == "P" else "step", x, cond)
+            self._session("zero" if self.adapter.known.plan(cond).way == "P" else "step", x, cond)
         if not caught:
             raise ValueError("vae.decode was never called")
         media = caught[0]
@@ -222,7 +223,7 @@ class Decoder:
             ValueError: for media of the wrong kind or size.
         """
         check_media(media, self.adapter.modality)
-        plan = self.adapter._plan(cond)
+        plan = self.adapter.known.plan(cond)
         if not self.adapter.tap.modules().keys() & set(AUTOENCODERS):
             states = media * 2 - 1  # the loop works on pixels
         else:
@@ -249,7 +250,7 @@ class Decoder:
 
     @torch.no_grad()
     def _learn(self, cond: Inputs) -> Unpacking:
-        plan = self.adapter._plan(cond)
+        plan = self.adapter.known.plan(cond)
         if len(plan.shapes) > 1:
             raise ValueError(
                 f"the states of {type(self.adapter.pipe).__name__} have several parts; media cannot be inverted."

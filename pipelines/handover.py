@@ -55,7 +55,7 @@ class Handover(Kernel):
         raw = posterior.output
         if raw is None:
             raw = grid.convention.write(x, posterior)
-        if self.adapter.settles:  # the pipeline blends before the network looks: step from what it saw
+        if self.adapter.known.settles:  # the pipeline blends before the network looks: step from what it saw
             a, sigma = (per_sample(c, x) for c in posterior.process(t))
             x = a * posterior.x0 + sigma * posterior.eps
         solver = _restore(grid, index, carry)
@@ -73,7 +73,7 @@ class Handover(Kernel):
         key = (float(t), float(s))
         if key not in self._noisy:
             grid, index = self._find(*key)
-            plan = self.adapter.any_plan()
+            plan = self.adapter.known.any_plan()
             x, raw = torch.zeros(1, *plan.shape), torch.zeros(1, *plan.shape)
             if plan.batched and len(plan.shapes) == 1:
                 raw = torch.zeros(1, *plan.outputs[1:])
@@ -82,7 +82,7 @@ class Handover(Kernel):
         return self._noisy[key]
 
     def _find(self, t: float, s: float) -> tuple[Grid, int]:
-        grids = self.adapter.known_grids()
+        grids = self.adapter.known.known_grids()
         for grid in grids:
             i = grid.find(t)
             if i is not None and grid.listed[i + 1] == s:
@@ -97,7 +97,7 @@ class Handover(Kernel):
     ) -> tuple[Tensor, Any, bool]:
         """Run one real step; return the next state, a second return value if there is one, and whether it drew."""
         parameters = inspect.signature(type(solver).step).parameters
-        plan = self.adapter.any_plan()
+        plan = self.adapter.known.any_plan()
         stamp = grid.timesteps[index]
         arguments: dict[str, Any] = {k: v for k, v in plan.extra.items() if k in parameters}
         arguments |= {"model_output": raw, "timestep": stamp, "sample": x, "return_dict": False}

@@ -8,18 +8,25 @@ use instead.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
 
-__all__ = ["Memory", "Setting", "apply", "setting"]
+__all__ = ["Memory", "Setting", "apply", "chosen", "same_setting", "setting"]
 
-SDPA = ("math", "efficient", "flash_sdpa", "cudnn")  # torch's own kernels, chosen by a context around the network
+SDPA = {  # torch's own kernels, chosen by a context around the network
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash_sdpa": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,28 @@ def _active() -> str:
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     return str(_AttentionBackendRegistry._active_backend.value)
+
+
+def same_setting(adapter: Adapter) -> None:
+    """Note the setting at the first network call, and hold every later one to it.
+
+    Raises:
+        RuntimeError: if it has changed: densities of a rollout and of an update would differ.
+    """
+    now = setting(next(iter(adapter.experts.values())), adapter.sdpa)
+    if adapter.setting is None:
+        adapter.setting = now
+    elif adapter.setting != now:
+        raise RuntimeError(
+            f"the network ran as {adapter.setting} before and would now run as {now}: densities of a rollout and "
+            "of an update would differ, and the ratio would not be 1. Use the same autocast, precision and "
+            "attention backend in both, or call forget_setting() if that is meant."
+        )
+
+
+def chosen(kernel: str | None) -> AbstractContextManager[None]:
+    """Return the context in which one of torch's attention kernels is the only one."""
+    return nullcontext() if kernel is None else sdpa_kernel(SDPA[kernel])
 
 
 def apply(adapter: Adapter, options: Memory) -> None:

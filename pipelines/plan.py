@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowalign.pipelines.tap import Session, StepCall, Tap, Visit
+from flowalign.pipelines.session import Session, StepCall, Visit
+from flowalign.pipelines.tap import Tap
 
 __all__ = ["Plan", "learn"]
 

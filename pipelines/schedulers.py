@@ -29,7 +29,8 @@ from torch import Tensor
 from flowalign.kernels import Ancestral, EulerMaruyama, Kernel
 from flowalign.laws import Consistency, Constant, Cps, Ddim, FlowGrpo, Memoryless, Ode
 from flowalign.noise import mix
-from flowalign.pipelines.convention import Convention, Flow, convention
+from flowalign.pipelines.convention import Convention, Flow
+from flowalign.pipelines.reading import convention
 from flowalign.process import Rectified
 
 __all__ = ["KERNELS", "DiffusionSdeScheduler", "FlowSdeScheduler", "StepOutput", "StepRecord", "kernel_of"]

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flowalign.pipelines.handover import Handover
-from flowalign.pipelines.tap import StepCall, _Run
+from flowalign.pipelines.iterate import evaluate
+from flowalign.pipelines.session import StepCall, bind
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
@@ -66,11 +67,11 @@ def stock(adapter: Adapter, cond: Inputs, steps: int) -> tuple[list[StepCall], l
             vars(solver)[key] = list(value)
     calls: list[StepCall] = []
     results: list[Tensor] = []
-    binder = _Run(adapter.tap, None, shadow, False, torch.random.get_rng_state())  # type: ignore[arg-type]
+    schedulers: list[Any] = []
 
     @functools.wraps(type(solver).step)
     def step(this: Any, *args: Any, **kwargs: Any) -> Any:
-        call = binder._bind(this, args, kwargs)
+        call = bind(schedulers, this, args, kwargs)
         calls.append(replace(call, sample=call.sample.clone(), output=call.output.clone()))
         out = type(this).step(this, *args, **kwargs)
         results.append((out[0] if isinstance(out, tuple) else out.prev_sample).clone())
@@ -99,32 +100,32 @@ def examine(adapter: Adapter, cond: Inputs, steps: int = 2) -> Verdict:
     name = type(adapter.pipe).__name__
     try:
         adapter.steps = steps
-        steps = adapter._two(cond)
+        steps = adapter.known.two(cond)
         first = _compare(adapter, cond, steps)
     except Exception as problem:  # the pipeline's own code may raise anything: the verdict is that it did
         first = Verdict(name, "fails", reason=f"{type(problem).__name__}: {problem}")
-    if first.status == "passes" or not adapter.plans:
+    if first.status == "passes" or not adapter.known.plans:
         return first
-    cold = dict(adapter.plans)
+    cold = dict(adapter.known.plans)
     # iteration 0 first (variables bound or caches filled there); or x by way of step() after the start, where what was
     # computed from the starting latents must stay theirs (Kandinsky 2.2 inpainting, Cosmos 2.5 with an image)
     others: tuple[dict[str, Any], ...] = ({"warm": "dummy"}, {"warm": "real"}, {"way": "PS"})
     for change in others:
-        adapter.plans = {key: replace(plan, **change) for key, plan in cold.items()}
+        adapter.known.plans = {key: replace(plan, **change) for key, plan in cold.items()}
         try:
             second = _compare(adapter, cond, steps)
         except Exception:  # the first reason is the one to tell
             continue
         if second.status == "passes":
             return second
-    adapter.plans = cold
+    adapter.known.plans = cold
     return first
 
 
 @torch.no_grad()
 def _compare(adapter: Adapter, cond: Inputs, steps: int) -> Verdict:
     name = type(adapter.pipe).__name__
-    plan = adapter._plan(cond)
+    plan = adapter.known.plan(cond)
     calls, results = stock(adapter, cond, steps)
     times = adapter.times(steps, cond).tolist()
     count = len(times) - 1
@@ -137,7 +138,7 @@ def _compare(adapter: Adapter, cond: Inputs, steps: int) -> Verdict:
         seen = plan.pack([c.sample for c in own], 1)
         x = seen if x is None else x
         want = plan.pack([c.output for c in own], 1)
-        worst = max(worst, _gap(adapter._evaluate(seen, times[i], cond)[1], want))
+        worst = max(worst, _gap(evaluate(adapter, seen, times[i], cond)[1], want))
         if worst < TOLERANCE and not noisy:
             law, carry = solver(x, adapter.posterior(x, times[i], cond), times[i], times[i + 1], carry)
             noisy = bool((law.std != 0).any())

@@ -72,7 +72,7 @@ def compare(
     cond = generator.encode(prompts, [meta] * len(prompts))
     times = generator.times(steps, cond).tolist()
     kernel = Handover(generator)
-    noise = torch.randn(len(prompts), *generator.shape(cond)).to(generator._device())
+    noise = torch.randn(len(prompts), *generator.shape(cond)).to(generator.device())
     arguments = {
         **generator.arguments(cond.rows, True, steps, "latent"),
         "generator": torch.Generator().manual_seed(0),

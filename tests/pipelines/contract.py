@@ -50,7 +50,7 @@ class Subject:
 
     @property
     def plan(self) -> Any:
-        return self.adapter._plan(self.cond)
+        return self.adapter.known.plan(self.cond)
 
     def begin(self) -> Tensor:
         """The first state of the stock call."""
@@ -85,7 +85,7 @@ def subject(name: str, seed: int = 0, double: bool = False) -> Subject:
     adapter = load(case.pipe, call, modality=case.modality, check=False)
     adapter.steps = max(case.steps, 2)
     cond = adapter.encode([prompt], [meta])
-    steps = adapter._two(cond)
+    steps = adapter.known.two(cond)
     verdict = adapter.examine(cond)
     assert verdict.status == "passes", verdict.reason
     times = adapter.times(steps, cond).tolist()

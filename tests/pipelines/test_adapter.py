@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.pipelines import load
+from flowalign.pipelines import load, verdict
 from flowalign.pipelines.verdict import stock
 from tests.pipelines.contract import fingerprint, gap, split, subject
 from tests.zoo import build
@@ -38,8 +38,8 @@ def test_verdict_is_given_at_wrap_time():
 def test_verdict_warns_of_a_pipeline_that_it_cannot_follow(monkeypatch):
     _, adapter, prompt, _ = wrap("StableDiffusion3")
     cond = adapter.encode([prompt])
-    evaluate = type(adapter)._evaluate
-    monkeypatch.setattr(type(adapter), "_evaluate", lambda *a: tuple(1.1 * v for v in evaluate(*a)))
+    evaluate = verdict.evaluate
+    monkeypatch.setattr(verdict, "evaluate", lambda *a: tuple(1.1 * v for v in evaluate(*a)))
     with pytest.warns(UserWarning, match="not to be trusted"):
         assert adapter.examine(cond).status == "fails"
 

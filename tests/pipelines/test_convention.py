@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from flowalign.pipelines.convention import convention
 from flowalign.pipelines.grid import Grid
 from flowalign.pipelines.handover import Handover
+from flowalign.pipelines.reading import convention
 from flowalign.trajectory import pick
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -64,6 +64,12 @@ def make(name, steps=5):
     scheduler.set_timesteps(steps)
     reading = convention(scheduler)
     return scheduler, Grid.of(scheduler.timesteps, 0, scheduler, reading), reading
+
+
+def handover(grid, plan=None):
+    """The solver of a grid, without a pipeline around it."""
+    known = SimpleNamespace(settles=False, known_grids=lambda: [grid], any_plan=lambda: plan)
+    return Handover(SimpleNamespace(known=known))
 
 
 def spread(scheduler):
@@ -122,7 +128,7 @@ def test_handover_is_the_scheduler_itself(name):
     plan = SimpleNamespace(extra={}, stamp_dims=0, echoed=(), looks_ahead=False, shape=(4, 3, 3),
                            shapes=((1, 4, 3, 3),),
                            batched=True, outputs=(1, 4, 3, 3))  # fmt: skip
-    kernel = Handover(SimpleNamespace(settles=False, known_grids=lambda: [grid], any_plan=lambda: plan))
+    kernel = handover(grid, plan)
     solver = make(name)[0]
     start = torch.randn(3, 4, 3, 3) * spread(scheduler)
     want, x, carry = start, start, None
@@ -150,7 +156,7 @@ def test_handover_is_the_scheduler_itself(name):
 
 def test_step_off_the_grid_is_refused():
     _, grid, reading = make("unipc_flow")
-    kernel = Handover(SimpleNamespace(settles=False, known_grids=lambda: [grid]))
+    kernel = handover(grid)
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match="its own grid only"):
         kernel(x, reading.read(x, 0.5, x), 0.5, 0.1)
