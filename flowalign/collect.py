@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowalign.experience import Experience, same
+from flowalign.experience import Experience, same, weighted
 from flowalign.noise import START, Noise, mix
 from flowalign.objectives.backprop import Grown
 from flowalign.policy import Policy
@@ -51,6 +51,10 @@ class Collector:
         cond = self.pipeline.encode(draw.prompts, draw.meta)
         return self.scorer.bind(cond, draw.prompts, draw.meta)
 
+    def total(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of rewards under the recipe's ceiling, ``(B,)``."""
+        return weighted(rewards, self.scorer.weights, self.recipe.restraint.ceiling)
+
     def sample(self, draw: Draw, judge: Bound, iteration: int, tape: Tape | None = None) -> Trajectory:
         """Roll out a draw."""
         r = self.recipe
@@ -63,8 +67,8 @@ class Collector:
         start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=r.shared_noise)
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
-            value=None if r.value is None else r.value(judge.total), potential=r.potential, select=r.select,
-            tape=tape, role=r.role, keep=r.keep,
+            value=None if r.value is None else r.value(lambda x, i: self.total(judge(x, i))), potential=r.potential,
+            select=r.select, tape=tape, role=r.role, keep=r.keep,
         )  # fmt: skip
 
 
@@ -109,19 +113,22 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
         seed=collector.seed,
         iteration=iteration,
         gather=collector.gather,
+        ceiling=collector.recipe.restraint.ceiling,
     )
 
 
 def grow(collector: Collector, draw: Draw, iteration: int, tape: Tape) -> tuple[Grown, Condition]:
     """Roll out with a tape and judge with gradients: one microbatch of reward backpropagation."""
     judge = collector.bind(draw)
+    if collector.recipe.growth is not None:
+        return collector.recipe.growth(collector, draw, judge, iteration, tape), judge.cond
     if collector.recipe.renoise:
         tree = repeated(collector, collector.sample(draw, judge, iteration), judge, iteration)
     else:
         tree = collector.sample(draw, judge, iteration, tape)
     with torch.enable_grad():
         rewards = judge(tree.leaves.x, tree.leaves.row, learn=True)
-        total = torch.stack([collector.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
+        total = collector.total(rewards)
     return Grown(tree, rewards, total), judge.cond
 
 

@@ -25,6 +25,7 @@ from flowalign.methods import METHODS, resolve
 from flowalign.methods.base import Method, Preset
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora
+from flowalign.restraint import Restraint
 
 __all__ = ["Evaluation", "RunConfig", "compose", "default", "flatten", "from_yaml", "to_dict"]
 
@@ -83,6 +84,7 @@ class RunConfig:
         output: folder of the run; runs/METHOD-PIPELINE when None.
         allocation: how an iteration's samples are spread over prompts: evenly, or by running reward variance.
         fit: how long and how hard to train.
+        restraint: what keeps the run near its base, whatever the method; the method's own (usually none) when None.
         lora: the adapter; None trains the whole denoiser.
         ema: decay of the averaged weights, which are evaluated and saved; None for none.
         guidance: whether the pipeline's guidance rule is on while training.
@@ -104,6 +106,7 @@ class RunConfig:
     output: Path | None = None
     allocation: Allocation = field(default_factory=Allocation)
     fit: FitOptions = field(default_factory=FitOptions)
+    restraint: Restraint | None = None
     lora: Lora | None = None
     ema: float | None = 0.9
     guidance: bool = True

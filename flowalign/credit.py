@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,9 @@ class Normalise:
 
 
 class Credit(Stateful, ABC):
-    """Credits every step of a rollout."""
+    """Credits every step of a rollout. ``differentiates``: it takes the reward's gradient, through the network."""
+
+    differentiates: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, experience: Experience) -> Levels:

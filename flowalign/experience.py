@@ -18,10 +18,16 @@ from flowalign.policy import Policy
 from flowalign.rollout import rollout
 from flowalign.trajectory import Nodes, Trajectory
 
-__all__ = ["Experience", "complete", "completions"]
+__all__ = ["Experience", "complete", "completions", "weighted"]
 
 Scores = Callable[[Tensor, Tensor], Mapping[str, Tensor]]  # (x0 states, row) -> rewards by name
 ODE = EulerMaruyama()
+
+
+def weighted(rewards: Mapping[str, Tensor], weights: Mapping[str, float], ceiling: float | None = None) -> Tensor:
+    """Return the weighted sum of rewards ``(B,)``, cut at ``ceiling``: what is good enough counts no more, no less."""
+    total = torch.stack([weights[k] * r for k, r in rewards.items()]).sum(0)
+    return total if ceiling is None else total.clamp_max(ceiling)
 
 
 def completions(
@@ -92,6 +98,7 @@ class Experience:
         iteration: number of the iteration.
         media: the decoded leaves, where they were kept.
         gather: joins per-sample values of all processes, for statistics of the whole batch.
+        ceiling: at which the weighted sum is cut; None for none.
     """
 
     policy: Policy
@@ -105,16 +112,17 @@ class Experience:
     iteration: int = 0
     media: Tensor | None = None
     gather: Callable[[Tensor], Tensor] = same
+    ceiling: float | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def total(self) -> Tensor:
         """The weighted sum of the rewards, ``(N_leaves,)``."""
-        return torch.stack([self.weights[k] * r for k, r in self.rewards.items()]).sum(0)
+        return weighted(self.rewards, self.weights, self.ceiling)
 
     def judge(self, x0: Tensor, row: Tensor) -> Tensor:
         """Return the weighted reward of clean states, ``(B,)``."""
-        return torch.stack([self.weights[k] * r for k, r in self.scores(x0, row).items()]).sum(0)
+        return weighted(self.scores(x0, row), self.weights, self.ceiling)
 
     def completions(self, steps: int | None = None) -> list[Tensor]:
         """Return the reward of the ODE completion of every node, by level (computed once).

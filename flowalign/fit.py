@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ from flowalign.pause import Away
 from flowalign.policy import Policy
 from flowalign.protocols import Pipeline
 from flowalign.recipe import Recipe, trained_steps
+from flowalign.restraint import anchors
 from flowalign.scorer import Scorer
 from flowalign.source import Draw, Source
 from flowalign.trainer import Trainer
 
-__all__ = ["FitOptions", "Metrics", "check_settings", "fit"]
+__all__ = ["FitOptions", "Metrics", "check_gradients", "check_settings", "fit"]
 
 Metrics = dict[str, float]
 
@@ -77,6 +78,7 @@ def fit(
         flowalign.pause.Away: a judge stayed away for longer than the scorer's patience; the run can be resumed.
     """
     check_settings(pipeline, recipe, options)
+    check_gradients(pipeline, scorer, recipe)
     check_processes(source, options, accelerator)
     policy.ledger = scorer.ledger
     trainer = Trainer(policy, parameters, recipe, source, options, accelerator, scorer.learners)
@@ -114,6 +116,7 @@ def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
     experience = None
     if recipe.objective.wants != "grown":
         experience = collect(collector, draw, trainer.iteration)
+    held = anchors(recipe.restraint, collector, draw, trainer.iteration)
     with ledger.phase("update"):
         fresh = True
         for update in range(o.updates):
@@ -125,6 +128,8 @@ def _iterate(trainer: Trainer, collector: Collector) -> Metrics:
                     seen.setdefault(name, []).append(value.float())
                 fresh = False
                 if (i + 1) % span == 0 or i + 1 == len(batches):
+                    for name, value in trainer.hold(held).items():
+                        seen.setdefault(name, []).append(value.float())
                     seen.setdefault("grad_norm", []).append(torch.tensor(trainer.step()))
     trainer.follow("old")
     metrics = {k: float(torch.stack([x.cpu() for x in v]).mean()) for k, v in seen.items()}
@@ -168,6 +173,42 @@ def _summarise(experience: Any) -> Metrics:
         "reward_std": float(spread.mean()),
         "dead": float((spread == 0).float().mean()),
     }
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A pipeline that can tell whether its own guidance rule is on."""
+
+    guided: bool
+
+
+def check_gradients(pipeline: Pipeline, scorer: Scorer, recipe: Recipe) -> None:
+    """Refuse what has no gradient, or the wrong one, before any sampling.
+
+    Raises:
+        ValueError: a method that differentiates the reward with one that gives no gradient; guidance in the adjoint;
+            a ceiling where each reward has an advantage of its own.
+    """
+    adjoint = recipe.credit is not None and recipe.credit.differentiates
+    blind = [name for name, r in scorer.rewards.items() if not r.card.differentiable]
+    if (adjoint or recipe.objective.wants == "grown") and blind:
+        raise ValueError(
+            f"this method differentiates the reward, and {', '.join(map(repr, blind))} gives no gradient (its card "
+            "says differentiable=False). Take a differentiable reward (flowalign rewards marks them), or a method that "
+            "only compares scores, e.g. diffusion-nft or flow-grpo."
+        )
+    guided = isinstance(pipeline, Guided) and pipeline.guided
+    if adjoint and (guided or recipe.guide is not None):
+        raise ValueError(
+            "guidance is on, and this method carries gradients back through the network: a guided network's Jacobian "
+            "is scaled up by the guidance at every step, and the adjoint blows up. Set guidance: false for training; "
+            "the result can be sampled with guidance."
+        )
+    if recipe.restraint.ceiling is not None and recipe.per_reward:
+        raise ValueError(
+            "restraint.ceiling cuts the weighted sum of the rewards, and this method has one advantage for each "
+            "reward. Put a ceiling on the reward itself (flowalign.rewards.transforms.Clip)."
+        )
 
 
 def _spent(ledger: Ledger, options: FitOptions) -> bool:

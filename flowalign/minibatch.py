@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,14 @@ __all__ = ["Minibatch", "minibatches"]
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Data of one forward pass of the loss, and the condition that its rows index."""
+    """Data of one forward pass of the loss, and the condition that its rows index.
+
+    ``again`` makes it anew where a backward pass uses it up.
+    """
 
     data: Any
     cond: Any
+    again: Callable[[], Minibatch] | None = None
 
 
 def minibatches(
@@ -123,7 +127,7 @@ class Growing(Sequence[Minibatch]):
     def __getitem__(self, i: Any) -> Any:
         """Make one."""
         data, cond = grow(self.collector, self.draw.part(self.parts[i]), mix(self.iteration, self.update), self.tape)
-        return Minibatch(data, cond)
+        return Minibatch(data, cond, lambda: self[i])
 
     def __iter__(self) -> Iterator[Minibatch]:
         """Make them in turn."""

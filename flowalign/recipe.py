@@ -16,10 +16,12 @@ from torch import Tensor
 from flowalign.aggregate import Aggregate, Sum
 from flowalign.credit import Credit, Group
 from flowalign.experience import Experience
+from flowalign.growth import Growth
 from flowalign.guidance import Guide
 from flowalign.kernels import Kernel
 from flowalign.objectives.base import Objective
 from flowalign.potentials.base import Potential
+from flowalign.restraint import Restraint
 from flowalign.rollout import Tape
 from flowalign.selection.base import Selection
 from flowalign.state import Stateful
@@ -111,12 +113,14 @@ class Recipe:
         trained: ``(level, t, s) → bool``: which of the stochastic steps are trained.
         thin: a further subset of the transitions of an iteration, e.g. random steps per sample.
         tape: iteration → which levels carry a graph (reward backpropagation).
+        growth: how a taped batch is grown where it is no plain rollout (Direct-Align, part of the way and back).
         renoise: re-noisings of the finished sample for the last taped step (DRaFT-LV); 0 for none.
         per_reward: one advantage column and one loss per reward (MARBLE).
         pairs: preference pairs per group.
         aggregate: how losses become one gradient.
         learners: what learns beside the policy.
         keep: keep posteriors and laws of the rollout (guarded ratios, penalties on taped states).
+        restraint: reward ceiling, base samples mixed in, pre-training loss: the same for every method.
     """
 
     kernel: Kernel
@@ -134,17 +138,19 @@ class Recipe:
     trained: Callable[[int, float, float], bool] = always
     thin: Callable[[Transitions, Experience], Transitions] | None = None
     tape: Callable[[int], Tape] | None = None
+    growth: Growth | None = None
     renoise: int = 0
     per_reward: bool = False
     pairs: int = 1
     aggregate: Aggregate = field(default_factory=Sum)
     learners: tuple[Learner, ...] = ()
     keep: bool = False
+    restraint: Restraint = field(default_factory=Restraint)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Every policy role that sampling or the loss uses besides ``current``."""
-        used = (*self.objective.roles, *([self.role] if self.role != "current" else []))
+        used = (*self.objective.roles, *self.restraint.roles, *([self.role] if self.role != "current" else []))
         return tuple(dict.fromkeys(used))
 
 

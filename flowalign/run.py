@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
 from flowalign.config import RunConfig, flatten, to_dict
 from flowalign.evaluate import Exam, Outcome, compare, drift, examine
-from flowalign.fit import check_settings, fit
+from flowalign.fit import check_gradients, check_settings, fit
 from flowalign.folder import Folder
 from flowalign.ledger import Ledger
 from flowalign.methods.base import Training
@@ -115,7 +115,10 @@ def start(config: RunConfig, resume: bool = False) -> Run:
     torch.manual_seed(config.fit.seed)
     job = build(config)
     recipe = method.recipe(job.pipeline.times(config.fit.steps))
+    if config.restraint is not None:
+        recipe = replace(recipe, restraint=config.restraint)
     check_settings(job.pipeline, recipe, config.fit)
+    check_gradients(job.pipeline, job.scorer, recipe)
     roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
     policy, parameters = prepare(
         job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, chunk=config.chunk,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.blame import blame, finite_gradient
 from flowalign.minibatch import Minibatch
 from flowalign.options import FitOptions
 from flowalign.policy import Policy, Weights
 from flowalign.recipe import Learner, Recipe
+from flowalign.restraint import Anchor
 from flowalign.source import Source
 
 __all__ = ["Trainer"]
@@ -104,13 +106,42 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     def backward(self, batch: Minibatch, share: float, fresh: bool) -> dict[str, Tensor]:
-        """Add the gradient of one minibatch; return its metrics."""
+        """Add the gradient of one minibatch; return its metrics.
+
+        Raises:
+            FloatingPointError: for a gradient that is not finite, naming step and term; no step was taken.
+        """
         losses = self.recipe.objective(self.policy, batch.data, batch.cond)
         if fresh:
             self._guard(losses.metrics)
         extra = self.recipe.aggregate.backward(losses.terms, self.parameters, share)
+        if not finite_gradient(self.every):
+            self.optimizer.zero_grad(set_to_none=True)
+            again = batch if batch.again is None else batch.again()
+            self._stop(blame(self.recipe.objective, self.policy, again.data, again.cond, self.every))
         terms = {f"loss/{k}": v.detach() for k, v in losses.terms.items()}
         return terms | losses.metrics | {k: torch.tensor(v) for k, v in extra.items()}
+
+    def hold(self, anchors: Sequence[Anchor]) -> dict[str, Tensor]:
+        """Add the gradients of the restraint's terms to those of the coming step; return their metrics.
+
+        Raises:
+            FloatingPointError: for a gradient that is not finite.
+        """
+        metrics: dict[str, Tensor] = {}
+        for anchor in anchors:
+            metrics |= anchor.backward(self.policy, self.steps)
+            if not finite_gradient(self.every):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._stop(f"the restraint's term {anchor.name!r} has a gradient that is not finite.")
+        return metrics
+
+    def _stop(self, why: str) -> NoReturn:
+        raise FloatingPointError(
+            f"optimiser step {self.steps + 1} (iteration {self.iteration}) was not taken, since its gradient is not "
+            f"finite; the weights are the last good ones. {why[0].upper() + why[1:]} Lower the learning rate or the "
+            "reward's scale, take fewer taped steps, or mend the term."
+        )
 
     def step(self) -> float:
         """Clip, check and apply the gradient; return its norm.
@@ -124,11 +155,7 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.every, self.options.max_grad_norm))
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(
-                f"the gradient of optimiser step {self.steps + 1} (iteration {self.iteration}) is {norm}; the step was "
-                "not taken and the weights are the last good ones. Lower the learning rate or the reward scale, or "
-                "look at the losses of this iteration for the term that overflowed."
-            )
+            self._stop(f"every minibatch's own was finite: the norm of their sum is {norm}.")
         ramp = min(1.0, (self.steps + 1) / max(self.options.warmup, 1))
         for g in self.optimizer.param_groups:
             g["lr"] = g["base"] * ramp

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class AdjointMatching(Training):
         late: last steps that are always regressed on; 0 for all steps.
         early: random ones of the others.
         truncate: carry the adjoint back over so many last steps only; none for all.
+        solver: exact (one vector-Jacobian product of the network a step) or linear (closed form for Gaussian data; no
+            network call, right where the velocity is linear).
+        spread: std of the data for the linear solver; that of the samples when none.
+        noiseless: take the reward's gradient at the mean of the last step (published; here the last step hardly adds
+            noise).
         clip: multiple of λ² above which a step's loss gives no gradient (published: 1.6); none for none.
     """
 
@@ -67,6 +72,9 @@ class AdjointMatching(Training):
     late: int = 0
     early: int = 0
     truncate: int | None = None
+    solver: Literal["exact", "linear"] = "exact"
+    spread: float | None = None
+    noiseless: bool = False
     clip: float | None = 1.6
 
     def recipe(self, times: Tensor) -> Recipe:
@@ -77,7 +85,7 @@ class AdjointMatching(Training):
         return Recipe(
             kernel,
             Loss(kernel, None if self.clip is None else self.clip * self.scale**2),
-            credit=LeanAdjoint(kernel, self.scale, self.truncate),
+            credit=LeanAdjoint(kernel, self.scale, self.truncate, self.solver, self.spread, self.noiseless),
             trained=lambda level, t, s: level >= first,
             thin=late_and_random(self.late, self.early, steps) if self.late else None,
         )
@@ -87,7 +95,7 @@ class AdjointMatching(Training):
         """Return the published settings, and the demo's."""
         return {
             "published": Preset(
-                cls(scale=12_500.0, late=10, early=10),
+                cls(scale=12_500.0, late=10, early=10, noiseless=True),
                 FitOptions(iterations=1000, groups=40, size=1, steps=40, batch=20, accumulate=0, lr=2e-5,
                            betas=(0.95, 0.999), weight_decay=1e-2),
                 None,
