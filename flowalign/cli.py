@@ -6,6 +6,7 @@ Options come from dataclasses (tyro), so ``--help`` and the YAML keys are the sa
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,12 +58,17 @@ flowalign train METHOD --help lists every option with its default.
 """
 STEER_HELP = """usage: flowalign steer METHOD [--preset NAME] [options]
 
-Searches the samples of a frozen generator and writes the best, their scores and the cost to a folder.
+Searches the samples of a frozen generator and writes a folder: what it found, at what cost, and how it came about.
 
   METHOD               {methods}
 
   flowalign steer best-of-n --prompts "three cyan circles" --method.n 16
-  flowalign steer best-of-n --prompts prompts.txt --budget 5000 --unit evaluations
+  flowalign steer fk-steering --prompts prompts.txt --reward "shapes?aspect=graded" --budget 5000nfe
+  flowalign steer dts --prompts "three cyan circles" --budget 30s --output runs/tree
+  flowalign steer dts --prompts "three cyan circles" --budget 60s --output runs/tree --resume
+
+A budget is in network evaluations (500nfe), seconds (30s, 5min), rewards, decodes or gradients; the search ends in time
+with the best so far. The folder has the images, summary.json (scores, weights, log Z, the ledger) and report.html.
 
 flowalign steer METHOD --help lists every option with its default.
 """
@@ -229,8 +235,11 @@ def steer(args: list[str]) -> None:
     base = SteerConfig(preset.method, samples=preset.fit.size, steps=preset.fit.steps, guidance=preset.guidance)
     config = parse(SteerConfig, args, base, f"flowalign steer {name}")
     s = run(config)
-    print(f"reward of the results {s['reward_of_results']:.4f}, of all candidates {s['reward_of_candidates']:.4f}; "
-          f"{s['ledger']['evaluations']:.0f} network evaluations\n{config.folder}")  # fmt: skip
+    results, candidates = (math.nan if (r := s[f"reward_of_{k}"]) is None else r for k in ("results", "candidates"))
+    print(
+        f"{s['status']}: reward of the results {results:.4f}, of all candidates {candidates:.4f}; "
+        f"{s['ledger']['evaluations']:.0f} network evaluations\n{config.folder}/report.html"
+    )
 
 
 def demo(args: list[str]) -> None:

@@ -1,32 +1,35 @@
 """Steering: search the samples of a frozen generator, within a budget counted by the ledger.
 
-    steer(generator, BestOfN(n=8), reward, ["three cyan circles"], budget=2000)  →  media, scores, weights, cost
+    steer(generator, BestOfN(n=8), reward, ["three cyan circles"], budget="500nfe")  →  media, scores, weights, cost
 
-A method yields rounds of candidates; between rounds the budget is looked at, so any search can be cut short and what
-it found so far is the result.
+A method yields rounds of candidates. The budget holds inside a round too: work that would go over it is not begun, and
+the result is what the rounds that were finished have found; where none was, the best that was looked at, which may be a
+posterior mean. Decoding the results to show them comes on top of what the search may spend.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from flowalign.config import Scalar, to_dict
-from flowalign.ledger import UNITS, Ledger
+from flowalign.config import Scalar
+from flowalign.genealogy import evidence_error
+from flowalign.ledger import Budget, BudgetSpent, Ledger
 from flowalign.methods.base import Candidates, Method, Steering, Task
 from flowalign.policy import Policy
 from flowalign.protocols import Pipeline, Reward
 from flowalign.scorer import Bound, Scorer
 from flowalign.source import Prompt, make_draw
-from flowalign.trajectory import ranks
+from flowalign.trajectory import Trajectory
+from flowalign.watch import Look, Watch, Watched
 
-__all__ = ["SteerConfig", "Steered", "run", "steer"]
+__all__ = ["SearchFailed", "SteerConfig", "Steered", "run", "steer"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ class SteerConfig:
         output: folder of the run; runs/METHOD-PIPELINE when None.
         samples: results per prompt.
         steps: sampling steps.
-        budget: end the search when so much was spent; None for no limit.
-        unit: of the budget: evaluations, gradients, decodes, rewards or seconds.
+        budget: what the search of all prompts together may spend: 500nfe, 30s, 5min, 64rewards, 64decodes, 40gradients;
+            None for no limit.
         guidance: whether the pipeline's guidance rule is on.
         precision: of the network.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         seed: of the noises.
         limit: at most so many prompts of the file; None for all.
+        chunk: samples per forward pass, decode and reward call, where memory is short; None for all at once.
+        resume: go on with the search in the output folder (tree search).
+        genealogy: keep pictures of the intermediate states for the report; they cost memory and decodes.
+        progress: show a bar.
     """
 
     method: Method
@@ -59,13 +66,16 @@ class SteerConfig:
     output: Path | None = None
     samples: int = 4
     steps: int = 10
-    budget: float | None = None
-    unit: str = "evaluations"
+    budget: str | None = None
     guidance: bool = True
     precision: str = "fp32"
     device: str = "auto"
     seed: int = 0
     limit: int | None = None
+    chunk: int | None = None
+    resume: bool = False
+    genealogy: bool = True
+    progress: bool = True
 
     @property
     def folder(self) -> Path:
@@ -85,6 +95,13 @@ class Steered:
         weights: of each result within its prompt; they sum to one.
         candidates: mean reward of everything drawn, per prompt ``(P,)``: what no search would have had.
         ledger: what it cost.
+        log_z: ``log Ẑ`` of each prompt, ``(P,)``; None where the method estimates none.
+        log_z_error: its standard error from the genealogy; None likewise.
+        ess: effective sample size of the results' weights, ``(P,)``.
+        looks: every call of the judge: reward against what was spent.
+        trajectory: the genealogy, where the method kept one.
+        stopped: ``finished``, or ``budget`` where that ended the search.
+        partial: whether no round was finished, so that the results are the best that was looked at.
     """
 
     media: Tensor
@@ -94,6 +111,25 @@ class Steered:
     weights: Tensor
     candidates: Tensor
     ledger: Ledger
+    log_z: Tensor | None = None
+    log_z_error: Tensor | None = None
+    ess: Tensor | None = None
+    looks: Sequence[Look] = ()
+    trajectory: Trajectory | None = None
+    stopped: Literal["finished", "budget"] = "finished"
+    partial: bool = False
+
+
+class SearchFailed(ValueError):
+    """A search that broke after it had found something.
+
+    Attributes:
+        found: the results until then.
+    """
+
+    def __init__(self, message: str, found: Steered) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 def steer(
@@ -104,10 +140,14 @@ def steer(
     *,
     samples: int = 1,
     steps: int = 10,
-    budget: float | None = None,
-    unit: str = "evaluations",
+    budget: str | float | Budget | None = None,
     seed: int = 0,
     policy: Policy | None = None,
+    chunk: int | None = None,
+    ledger: Ledger | None = None,
+    folder: Path | None = None,
+    keep: bool = False,
+    progress: bool = False,
 ) -> Steered:
     """Search.
 
@@ -115,112 +155,179 @@ def steer(
         generator: from :func:`flowalign.load`.
         method: how.
         reward: what for; or a :class:`Scorer` with several.
-        prompts: one search each.
+        prompts: one search each, all in one batch.
         samples: results per prompt.
         steps: sampling steps.
-        budget: end between rounds once so much was spent.
-        unit: of the budget, a unit of the ledger.
+        budget: ``"500nfe"``, ``"30s"``, ``"64rewards"``, ...: what the search may spend, for all prompts together.
         seed: of the noises.
-        policy: evaluates the generator, where it needs a precision or a chunk size.
+        policy: evaluates the generator, where it needs a precision.
+        chunk: samples per forward pass, decode and reward call; None for all at once.
+        ledger: what was spent before, where a search goes on.
+        folder: where a search that can be continued keeps its state, and goes on from.
+        keep: keep what the network said at each node, for the pictures of a report.
+        progress: show a bar with the best and the mean reward, ESS and log Z.
 
     Raises:
-        ValueError: for a method that does not steer, no prompts, or a unit that does not exist.
+        ValueError: for a method that does not steer, no prompts, a budget that is none or too small for one sample.
+        SearchFailed: a reward or a weight broke, or memory ran out, after something had been found.
     """
     if not isinstance(method, Steering):
         raise ValueError(f"{method.name} is a training method and steers nothing. Run flowalign train {method.name}.")
     if not prompts:
         raise ValueError("no prompts: a search needs at least one.")
-    if unit not in UNITS:
-        raise ValueError(f"unknown budget unit {unit!r}; choose one of {', '.join(UNITS)}.")
+    if samples < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"samples and chunk must be at least 1; got {samples} and {chunk}.")
+    limit = budget if isinstance(budget, Budget) or budget is None else Budget.parse(budget)
     scorer = reward if isinstance(reward, Scorer) else Scorer(generator, {reward.card.name: reward})
     policy = policy or Policy(generator)
-    ledger = policy.ledger = scorer.ledger = Ledger()
+    if chunk is not None:
+        policy.chunk, scorer.chunk = chunk, chunk
+    ledger = policy.ledger = scorer.ledger = ledger or Ledger()
     draw = make_draw([Prompt(p) if isinstance(p, str) else p for p in prompts], samples)
-    judge = scorer.bind(generator.encode(draw.prompts, draw.meta), draw.prompts, draw.meta)
-    task = Task(generator, policy, judge, draw, generator.times(steps), seed)
+    plain = scorer.bind(generator.encode(draw.prompts, draw.meta), draw.prompts, draw.meta)
+    with _bar(method.name, limit, progress) as told:
+        watch = Watch(ledger, draw.samples, scorer.weights, told)
+        judge = Watched(**vars(plain), watch=watch)
+        task = Task(
+            generator, policy, judge, draw, generator.times(steps), seed, watch=watch.stage, keep=keep, folder=folder
+        )
+        rounds, stopped, error = _search(method, task, ledger, limit)
+    found = _join(rounds) if rounds else watch.best()
+    if found is None:
+        if error is not None:
+            raise error
+        raise ValueError(
+            f"{method.name} found nothing: " + (
+                f"the budget of {limit} ended before a sample could be judged. One sample of one prompt takes "
+                f"{steps} network evaluations and one decode, and prompts and particles go in one batch: give more."
+                if stopped == "budget" else "it yielded no candidates."
+            )
+        )  # fmt: skip
+    result = _result(method if rounds else None, found, plain, draw.samples, ledger, watch.looks, stopped)
+    if error is not None:
+        raise SearchFailed(f"{error} What was found until then is kept.", result) from error
+    return result
+
+
+def _search(
+    method: Steering, task: Task, ledger: Ledger, limit: Budget | None
+) -> tuple[list[Candidates], Literal["finished", "budget"], Exception | None]:
+    """Run the method until it, its budget or its luck ends; return the rounds, how it ended, and what broke."""
     rounds: list[Candidates] = []
     search = method.search(task)
     while True:
-        with ledger.phase("search"):
-            found = next(search, None)
+        try:
+            with ledger.phase("search"), ledger.within(limit):
+                found = next(search, None)
+        except BudgetSpent:
+            return rounds, "budget", None
+        except (ValueError, FloatingPointError) as error:
+            return rounds, "finished", error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return rounds, "finished", _memory(error, task)
         if found is None:
-            break
+            return rounds, "finished", None
         rounds = [*rounds, found] if method.results == "best" else [found]
-        if budget is not None and ledger.spent(unit) >= budget:
-            break
-    if not rounds:
-        raise ValueError(f"{method.name} yielded no candidates.")
-    return _result(method, _join(rounds), judge, draw.samples, ledger)
+
+
+def _memory(error: BaseException, task: Task) -> ValueError:
+    chunk = task.policy.chunk
+    small = "all at once" if chunk is None else f"{chunk} at a time"
+    return ValueError(
+        f"memory ran out ({str(error).splitlines()[0]}): the states of {len(task.draw.prompts)} prompts were evaluated "
+        f"{small}. Set chunk (--chunk {max(1, (chunk or 16) // 2)}), or take fewer particles or prompts at a time."
+    )
 
 
 def _join(rounds: list[Candidates]) -> Candidates:
     rewards = {k: torch.cat([r.rewards[k] for r in rounds]) for k in rounds[0].rewards}
     x, row, total, log_w = (torch.cat([getattr(r, k) for r in rounds]) for k in ("x", "row", "total", "log_w"))
-    return Candidates(x, row, rewards, total, log_w, rounds[-1].trajectory)
+    return Candidates(x, row, rewards, total, log_w, rounds[-1].trajectory, rounds[-1].log_z)
 
 
-def _result(method: Steering, found: Candidates, judge: Bound, samples: Tensor, ledger: Ledger) -> Steered:
-    """Keep the best ``samples`` of each prompt, or all of the last round; decode them."""
-    total = found.total.cpu()
+def _result(
+    method: Steering | None,
+    found: Candidates,
+    judge: Bound,
+    samples: Tensor,
+    ledger: Ledger,
+    looks: Sequence[Look],
+    stopped: Literal["finished", "budget"],
+) -> Steered:
+    """Keep the best ``samples`` of each prompt, or all of the last round; decode them. No method: bare looks."""
+    total = found.total.detach().cpu()
+    best = method is None or method.results == "best"
     chosen = []
     for prompt, wanted in enumerate(samples.tolist()):
         mine = (found.row == prompt).nonzero().flatten()
         order = mine[total[mine].argsort(descending=True, stable=True)]
-        chosen.append(order[:wanted] if method.results == "best" else order)
+        chosen.append(order[:wanted] if best else order)
     index = torch.cat(chosen)
     row = found.row[index]
-    log_w = torch.zeros(len(index)) if method.results == "best" else found.log_w.cpu()[index].float()
+    log_w = torch.zeros(len(index)) if best else found.log_w.cpu()[index].float()
     weights = torch.cat([log_w[row == r].softmax(0) for r in row.unique()])
     mean = torch.stack([total[found.row == r].mean() for r in range(len(samples))])
+    size = torch.stack([1 / (weights[row == r] ** 2).sum() for r in range(len(samples))])
     with torch.no_grad():
         media = judge.media(found.x[index.to(found.x.device)], row)
-    rewards = {k: v.cpu()[index] for k, v in found.rewards.items()}
-    return Steered(media, row, rewards, total[index], weights, mean, ledger)
+    rewards = {k: v.detach().cpu()[index] for k, v in found.rewards.items()}
+    tree, log_z = found.trajectory, found.log_z
+    weighted = tree is not None and log_z is not None and len(log_z) == tree.n_rows and bool(tree.leaves.log_w.any())
+    return Steered(
+        media, row, rewards, total[index], weights, mean, ledger, None if log_z is None else log_z.detach().cpu(),
+        evidence_error(tree) if weighted and tree is not None else None, size, tuple(looks), tree, stopped,
+        method is None,
+    )  # fmt: skip
+
+
+@contextmanager
+def _bar(name: str, limit: Budget | None, shown: bool) -> Iterator[Callable[[Look], None] | None]:
+    """Yield what shows a look: spent so far, the best and the mean reward, ESS and log Z."""
+    if not shown:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    unit = "evaluations" if limit is None else limit.unit
+    total = None if limit is None else limit.amount
+    with tqdm(total=total, desc=name, unit=f" {unit}", dynamic_ncols=True) as line:
+
+        def told(look: Look) -> None:
+            line.n = round(look.spent[unit], 1)
+            parts = {"best": look.best, "mean": look.mean, "ESS": look.ess, "log Z": look.log_z}
+            line.set_postfix({k: f"{v:.3g}" for k, v in parts.items() if v is not None})
+
+        yield told
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
 def run(config: SteerConfig) -> dict[str, Any]:
-    """Search for the prompts of a configuration and write a folder: images, scores, summary, report.
+    """Search for the prompts of a configuration and write a folder: images, scores, weights, summary, report.
 
     Raises:
         ValueError: for whatever does not exist, or a folder that holds something already.
     """
     from flowalign.build import open_parts
-    from flowalign.media_files import save_media
-    from flowalign.summary import commit, versions
+    from flowalign.steer_folder import spent_before, write
 
-    if config.folder.is_dir() and any(config.folder.iterdir()):
-        raise ValueError(f"{config.folder} is not empty: choose another folder with --output; nothing was overwritten.")
-    if not isinstance(config.method, Steering):
-        raise ValueError(
-            f"{config.method.name} is a training method and steers nothing. Run flowalign train {config.method.name}."
-        )
+    method, folder = config.method, config.folder
+    if not isinstance(method, Steering):
+        raise ValueError(f"{method.name} is a training method and steers nothing. Run flowalign train {method.name}.")
+    if config.resume and not method.resumable:
+        raise ValueError(f"{method.name} keeps nothing that a search could go on from; leave --resume out.")
+    if folder.is_dir() and any(folder.iterdir()) and not config.resume:
+        hint = "go on with --resume, or " if method.resumable else ""
+        raise ValueError(f"{folder} is not empty: {hint}choose another folder with --output; nothing was overwritten.")
+    if config.budget is not None:
+        Budget.parse(config.budget)  # before anything is loaded
     generator, scorer, prompts, policy = open_parts(config)
-    found = steer(
-        generator, config.method, scorer, prompts, samples=config.samples, steps=config.steps, budget=config.budget,
-        unit=config.unit, seed=config.seed, policy=policy,
-    )  # fmt: skip
-    names = [f"{int(r):03d}-{i:02d}" for r, i in zip(found.row, ranks(found.row), strict=True)]
-    files = save_media(config.folder / "media", found.media, generator.modality, names)
-    results = [
-        {
-            "prompt": prompts[int(found.row[i])].text,
-            "file": files[i],
-            "reward": float(found.total[i]),
-            "rewards": {k: float(v[i]) for k, v in found.rewards.items()},
-            "weight": float(found.weights[i]),
-        }
-        for i in range(len(found.row))
-    ]
-    summary = {
-        "method": config.method.name,
-        "reward_of_results": float(found.total.mean()),
-        "reward_of_candidates": float(found.candidates.mean()),
-        "ledger": found.ledger.state_dict(),
-        "results": results,
-        "config": to_dict(config),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    (config.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return summary
+    try:
+        found = steer(
+            generator, method, scorer, prompts, samples=config.samples, steps=config.steps, budget=config.budget,
+            seed=config.seed, policy=policy, chunk=config.chunk, ledger=spent_before(folder),
+            folder=folder if method.resumable else None, keep=config.genealogy, progress=config.progress,
+        )  # fmt: skip
+    except SearchFailed as error:
+        write(config, generator, scorer, prompts, error.found, f"failed: {error}")
+        raise ValueError(f"{error} It is in {folder}.") from error
+    return write(config, generator, scorer, prompts, found, found.stopped)

@@ -43,8 +43,8 @@ def test_budget() -> None:
     """The search ends after the first round that reaches the budget; N·K evaluations are booked."""
     whole = steer(Saved(), BestOfN(n=8, per_round=2), Bright(), ["a"], steps=4)
     assert whole.ledger.evaluations == 8 * 4 and whole.ledger.rewards == 8 and whole.ledger.decodes == 9
-    short = steer(Saved(), BestOfN(n=8, per_round=2), Bright(), ["a"], steps=4, budget=17, unit="evaluations")
-    assert short.ledger.evaluations == 3 * 2 * 4
+    short = steer(Saved(), BestOfN(n=8, per_round=2), Bright(), ["a"], steps=4, budget="17nfe")
+    assert short.ledger.evaluations == 2 * 2 * 4 and short.stopped == "budget" and not short.partial
     assert short.total[0] <= whole.total[0]
 
 
@@ -53,7 +53,7 @@ def test_budget() -> None:
     [
         ({"method": FlowGRPO()}, "is a training method"),
         ({"prompts": []}, "no prompts"),
-        ({"unit": "dollars", "budget": 1.0}, "unknown budget unit 'dollars'"),
+        ({"budget": "3dollars"}, "is no budget"),
     ],
 )
 def test_bad_input(change: dict, words: str) -> None:

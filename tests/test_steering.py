@@ -180,24 +180,24 @@ def test_dts_tree_is_consistent() -> None:
     """Values are soft means of children, visits add up, states lie on their parents, no node is evaluated twice."""
     method = DTS(scale=2.0, widen=1.0, power=0.7)
     tree, t = grown(method, 3, 12)
-    nodes, stack = 0, [(r, row) for row, r in enumerate(tree.roots)]
-    while stack:
-        node, row = stack.pop()
-        if node.level >= 0:
-            states = tree.states.at(node.level)
-            assert int(states.row[node.index]) == row
-            nodes += node.level < len(TIMES) - 1
-        for child in node.children:
-            assert child.level == node.level + 1
-            if node.level >= 0:
-                assert int(tree.states.at(child.level).parent[child.index]) == node.index
-            stack.append((child, row))
+    nodes = 0
+    for _, _, node in tree.nodes():
+        nodes += 0 <= node.level < len(TIMES) - 1
+        assert all(child.level == node.level + 1 for child in node.children)
         if node.children:
             v = torch.tensor([c.value for c in node.children], dtype=F64)
             assert abs(node.value - float(torch.logsumexp(2.0 * v, 0) - math.log(len(v))) / 2.0) < 1e-9
             assert node.visits == sum(c.visits for c in node.children)
     assert t.policy.ledger.evaluations == nodes
     assert all(root.visits == 12 for root in tree.roots)
+    states = tree.trajectory()
+    for k in range(1, len(TIMES)):
+        child, parent = states.at(k), states.at(k - 1)
+        assert torch.equal(child.row, parent.row[child.parent])
+        law, _ = KERNEL(parent.x, WORLD.posterior(parent.x, TIMES[k - 1]), float(TIMES[k - 1]), float(TIMES[k]))
+        z = law[child.parent].noise(child.x)
+        assert z.abs().max() < 5  # each child was drawn from the law at its own parent
+    assert len(states.leaves) == 36
 
 
 def test_dts_walks_to_the_tilt() -> None:
@@ -205,8 +205,8 @@ def test_dts_walks_to_the_tilt() -> None:
     method = DTS(scale=1.3, widen=2.0, power=0.8)
     tree, _ = grown(method, 80, 20)
     g = torch.Generator().manual_seed(0)
-    walked = torch.stack([tree.states.leaves.x[tree.walk(r, g).index, 0] for r in range(80)])
-    leaves = tree.states.leaves.x[:, 0]
+    walked = torch.cat([tree.walk(r, g).x for r in range(80)])[:, 0]
+    leaves = tree.trajectory().leaves.x[:, 0]
     base, exact = exact_mean(0.0), exact_mean(1.3)
     error = walked.std() / 80**0.5
     assert abs(walked.mean() - exact) < 0.25 * (exact - base) + 4 * error

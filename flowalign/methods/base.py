@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from flowalign.policy import Policy
 from flowalign.prepare import Lora
 from flowalign.protocols import Pipeline
 from flowalign.recipe import Recipe
+from flowalign.rollout import Stage
 from flowalign.scorer import Bound
 from flowalign.source import Draw
 from flowalign.trajectory import Trajectory
@@ -90,9 +92,16 @@ class Training(Method):
         """
 
 
+def unseen(stage: Stage) -> None:
+    """Look at a level of a rollout and do nothing."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What a steering method is asked to do.
+
+    Its policy and judge share a ledger that may carry a limit: :class:`~flowalign.ledger.BudgetSpent` then comes out of
+    them and is let through. What was judged until then is remembered by whoever asked.
 
     Attributes:
         pipeline: the generator.
@@ -101,6 +110,9 @@ class Task:
         draw: one row per prompt; ``samples`` says how many results each is to have.
         times: ``(K + 1,)`` of the sampler.
         seed: of all noise.
+        watch: sees each level of a rollout as it is made; ``particles.roll`` calls it.
+        keep: keep what the network said at each node, for the pictures of a report; it costs memory.
+        folder: where a search that can be continued keeps its state; None for nowhere.
     """
 
     pipeline: Pipeline
@@ -109,6 +121,9 @@ class Task:
     draw: Draw
     times: Tensor
     seed: int
+    watch: Callable[[Stage], None] = unseen
+    keep: bool = False
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,7 @@ class Candidates:
         total: the weighted reward, ``(M,)``.
         log_w: log importance weights ``(M,)``; zeros where all count alike.
         trajectory: the genealogy, where it was kept.
+        log_z: estimate of the log normalising constant of each prompt, ``(P,)``, where the method makes one.
     """
 
     x: Tensor
@@ -130,6 +146,7 @@ class Candidates:
     total: Tensor
     log_w: Tensor
     trajectory: Trajectory | None = None
+    log_z: Tensor | None = None
 
 
 class Steering(Method):
@@ -137,9 +154,11 @@ class Steering(Method):
 
     Attributes:
         results: ``best``: the best of all candidates are the result; ``last``: the last round is, with its weights.
+        resumable: whether a search goes on from what it kept in the task's folder.
     """
 
     kind: ClassVar[Kind] = "steering"
+    resumable: ClassVar[bool] = False
     results: ClassVar[Literal["best", "last"]] = "best"
 
     @abstractmethod

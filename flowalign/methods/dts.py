@@ -6,132 +6,38 @@
     back up   v = (1/λ) log mean_children exp(λ v) along the path
 
 Samples are drawn by *walking* the finished tree, child ~ exp(λ v); "all visited leaves" are mostly base samples.
-Boltzmann selection biases the root value low (unlucky children are never visited again, measured in
-reference/steering.md); ``select = "uniform"`` chooses without looking at values, and then E[exp(λ v_root)] = Z exactly.
-All prompts grow one tree each in one batch; more rounds continue the same tree.
+
+Boltzmann selection biases the root value low: which children are averaged over depends on what they were found to be
+worth, and unlucky ones are never visited again (measured in reference/steering.md). Two selections have no such bias,
+and then ``E[exp(λ v_root)] = Z`` for any number of rounds:
+
+    uniform     chooses without looking
+    lookahead   sample splitting: chooses a child ~ exp(λ r(x̂0)) by the reward of its own posterior mean, a function of
+                its state alone, so that the rollouts below it serve its value and never the choice
+
+All prompts grow one tree each in one batch; more rounds continue the same tree, bit for bit, also on another day.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from flowalign.kernels import Kernel
+from flowalign.ledger import BudgetSpent
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.particles import Rows, noisy_kernel, rows_of
-from flowalign.noise import Noise, mix
+from flowalign.methods.particles import noisy_kernel, rows_of
+from flowalign.methods.tree import Node, Tree, pick, shares
+from flowalign.noise import mix
 from flowalign.options import FitOptions
-from flowalign.rollout import advance, rollout
-from flowalign.trajectory import Nodes, Trajectory
 
 __all__ = ["DTS", "Tree"]
 
-
-@dataclass
-class Node:
-    """Bookkeeping of one node; its state lies in the tree's trajectory."""
-
-    level: int
-    index: int
-    value: float = -math.inf
-    visits: int = 0
-    children: list[Node] = field(default_factory=list)
-
-
-class Tree:
-    """One search tree per row, all states in one genealogy.
-
-    Args:
-        rows: prompts, conditions and noise.
-        kernel: stochastic.
-        times: of the sampler.
-        scale: λ.
-    """
-
-    def __init__(self, rows: Rows, kernel: Kernel, times: Tensor, scale: float) -> None:
-        self.rows, self.kernel, self.times, self.scale = rows, kernel, times, scale
-        self.roots = [Node(-1, -1) for _ in range(len(rows.prompt))]
-        self.states: Trajectory | None = None
-        self.rewards: list[float] = []
-        self.rounds = 0
-
-    def grow(self, paths: list[list[Node]]) -> None:
-        """Add one child at the end of each row's path, roll it out, and back its reward up: one batch for all rows."""
-        starts = self._expand(paths)
-        noise = Noise(mix(self.rows.noise.seed, self.rounds, 2), self.rows.noise.keys)
-        self.rounds += 1
-        policy, last = self.rows.task.policy, len(self.times) - 1
-        direct = starts.pop(last, None)  # a child that already is data
-        new: Trajectory | None = None
-        if starts:
-            new = rollout(
-                policy, self.kernel, self.times, starts, self.rows.cond, noise=noise, n_rows=len(self.roots), keep=True
-            )
-        if direct is not None:
-            levels = [None] * last if new is None else list(new.levels[:last])
-            ends = direct if new is None else new.leaves.join(direct)
-            new = Trajectory(self.times, (*levels, ends), torch.zeros(len(self.roots), dtype=torch.float64))
-        assert new is not None
-        self._attach(new, paths)
-
-    def _expand(self, paths: list[list[Node]]) -> dict[int, Nodes]:
-        """Return the new children by level; those of the dummy root are fresh draws of the initial noise."""
-        noise = Noise(mix(self.rows.noise.seed, self.rounds, 1), self.rows.noise.keys)
-        starts: dict[int, Nodes] = {}
-        roots = [r for r, path in enumerate(paths) if path[-1].level < 0]
-        if roots:
-            fresh = Rows(self.rows.prompt, self.rows.cond, noise, self.rows.task).enter(1)
-            starts[0] = fresh[torch.tensor(roots)]
-        grid = self.times.tolist()
-        for level in sorted({path[-1].level for path in paths if path[-1].level >= 0}):
-            index = torch.tensor([path[-1].index for path in paths if path[-1].level == level])
-            assert self.states is not None
-            parents = self.states.at(level)[index]
-            _, child = advance(
-                self.rows.task.policy, self.kernel, parents, grid[level], grid[level + 1], level=level, noise=noise,
-                cond=self.rows.cond,
-            )  # fmt: skip
-            entry = Nodes.enter(child.x, child.row, origin=index)
-            starts[level + 1] = entry if level + 1 not in starts else starts[level + 1].join(entry)
-        return starts
-
-    def _attach(self, new: Trajectory, paths: list[list[Node]]) -> None:
-        """Join the new states on, make their nodes, and back the leaves' rewards up."""
-        offset = [
-            0 if self.states is None or n is None else len(n)
-            for n in (self.states.levels if self.states else new.levels)
-        ]
-        leaves = new.leaves
-        with torch.no_grad():
-            reward = self.rows.score(leaves.x, leaves.row).double().cpu().tolist()
-        lineage = new.lineage()
-        self.states = new if self.states is None else self.states.graft(new)
-        self.rewards += reward
-        for i, r in enumerate(reward):
-            path = list(paths[int(leaves.row[i])])
-            for level in range(path[-1].level + 1, len(self.times)):
-                node = Node(level, offset[level] + int(lineage[level][i]))
-                path[-1].children.append(node)
-                path.append(node)
-            path[-1].value = r
-            for node in reversed(path):
-                node.visits += 1
-                if node.children:
-                    v = torch.tensor([c.value for c in node.children], dtype=torch.float64) * self.scale
-                    node.value = float(torch.logsumexp(v, 0) - math.log(len(v))) / self.scale
-
-    def walk(self, row: int, generator: torch.Generator) -> Node:
-        """Draw a leaf of a row's tree: at each node a child with probability ∝ exp(λ v)."""
-        node = self.roots[row]
-        while node.children:
-            v = torch.tensor([c.value for c in node.children], dtype=torch.float64) * self.scale
-            node = node.children[int(torch.multinomial(v.softmax(0), 1, generator=generator))]
-        return node
+STATE = "tree.pt"
 
 
 @dataclass(frozen=True)
@@ -141,17 +47,20 @@ class DTS(Steering):
     Attributes:
         rounds: rollouts per prompt; the budget may end the search before.
         scale: λ of the soft values.
-        select: boltzmann (DTS), uct (DTS*), or uniform (unbiased log Z).
+        select: boltzmann (DTS), uct (DTS*); uniform or lookahead for an unbiased log Z.
         widen: C of progressive widening.
         power: α of progressive widening.
         explore: c of UCT.
         noise: of the sampler: a of the flow's SDE, η of DDIM.
         report: rounds between results shown.
+        memory: MiB that the states of the trees may take; the branches that a walk is least likely to enter are
+            forgotten then, and their values kept. None for no limit.
     """
 
     name: ClassVar[str] = "dts"
     summary: ClassVar[str] = "an anytime tree over denoising states: samples by soft values, or search (DTS*)"
     results: ClassVar[Literal["best", "last"]] = "last"
+    resumable: ClassVar[bool] = True
     reference: ClassVar[str] = """@article{jain2025dts,
   title={Diffusion Tree Sampling: Scalable inference-time alignment of diffusion models},
   author={Jain, Vineet and Sareen, Kusha and Pedramfar, Mohammad and Ravanbakhsh, Siamak},
@@ -159,57 +68,117 @@ class DTS(Steering):
 
     rounds: int = 64
     scale: float = 10.0
-    select: Literal["boltzmann", "uct", "uniform"] = "boltzmann"
+    select: Literal["boltzmann", "uct", "uniform", "lookahead"] = "boltzmann"
     widen: float = 2.0
     power: float = 0.8
     explore: float = 1.0
     noise: float = 0.7
     report: int = 16
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.report < 1 or self.widen <= 0 or self.scale <= 0 or not 0 <= self.power <= 1:
+            got = f"{self.rounds}, {self.report}, {self.widen}, {self.scale}, {self.power}"
+            raise ValueError(f"need rounds >= 1, report >= 1, widen > 0, scale > 0 and 0 <= power <= 1; got {got}.")
+        if self.memory is not None and self.memory <= 0:
+            raise ValueError(f"memory is a number of MiB greater than 0, or None for no limit; got {self.memory}.")
 
     def search(self, task: Task) -> Iterator[Candidates]:
-        """Yield results as the trees grow: walked samples (DTS), or the best leaves so far (DTS*)."""
-        rows = rows_of(task, per_sample=False)
-        tree = Tree(rows, noisy_kernel(task.policy.process, self.noise), task.times, self.scale)
-        for i in range(self.rounds):
-            with torch.no_grad():
-                tree.grow([self.path(root, mix(task.seed, i, r)) for r, root in enumerate(tree.roots)])
-            if (i + 1) % self.report == 0 or i + 1 == self.rounds:
+        """Yield results as the trees grow: walked samples (DTS), or the best leaves so far (DTS*).
+
+        With a folder the trees are read from there and saved whenever results are shown, and when a budget ends.
+        """
+        tree = self.tree(task)
+        shown = -1
+        while tree.rounds < self.rounds:
+            try:
+                with torch.no_grad():
+                    self.round(task, tree)
+            except BudgetSpent:
+                self._save(task, tree)
+                if tree.rounds and tree.rounds != shown:
+                    yield self._results(task, tree)
+                raise
+            if tree.rounds % self.report == 0 or tree.rounds == self.rounds:
+                self._save(task, tree)
+                shown = tree.rounds
                 yield self._results(task, tree)
+        if shown < 0:  # continued, and already as large as was asked for
+            yield self._results(task, tree)
+
+    def tree(self, task: Task) -> Tree:
+        """Return empty trees, or those saved in the task's folder."""
+        rows, kernel = rows_of(task, per_sample=False), noisy_kernel(task.policy.process, self.noise)
+        tree = Tree(
+            rows, kernel, task.times, self.scale, limit=None if self.memory is None else self.memory * 2**20,
+            keep=task.keep, look=self.select == "lookahead",
+        )  # fmt: skip
+        path = _path(task)
+        if path is not None and path.is_file():
+            tree.load_state_dict(torch.load(path, weights_only=True))
+        return tree
+
+    def round(self, task: Task, tree: Tree) -> None:
+        """Do one round: every prompt's tree gets one more rollout."""
+        tree.grow([self.path(root, mix(task.seed, tree.rounds, r)) for r, root in enumerate(tree.roots)])
 
     def path(self, root: Node, seed: int) -> list[Node]:
         """Return the nodes from the root to the one that gets a child."""
         g = torch.Generator().manual_seed(seed)
         path = [root]
-        while path[-1].children and len(path[-1].children) >= self.widen * max(path[-1].visits, 1) ** self.power:
+        while path[-1].living and self._full(path[-1]):
             path.append(self._choose(path[-1], g))
-        # data cannot be expanded: the node before gets another child
-        return path[:-1] if path[-1].visits and not path[-1].children and path[-1].level >= 0 else path
+        # data, and a state whose next step draws no noise, cannot be expanded: the node before gets another child
+        while path[-1].final:
+            path.pop()
+        return path
+
+    def _full(self, node: Node) -> bool:
+        return node.final or len(node.children) >= self.widen * max(node.visits, 1) ** self.power
 
     def _choose(self, node: Node, g: torch.Generator) -> Node:
+        living = node.living
         if self.select == "uniform":
-            return node.children[int(torch.randint(len(node.children), (), generator=g))]
-        v = torch.tensor([c.value for c in node.children], dtype=torch.float64)
+            return pick(living, [1.0] * len(living), g)
         if self.select == "boltzmann":
-            return node.children[int(torch.multinomial((self.scale * v).softmax(0), 1, generator=g))]
-        n = torch.tensor([c.visits for c in node.children], dtype=torch.float64)
-        return node.children[int((v + self.explore * (math.log(max(node.visits, 1)) / n).sqrt()).argmax())]
+            return pick(living, shares(living, self.scale), g)
+        if self.select == "lookahead":
+            looks = [0.0 if c.look is None else c.look for c in living]
+            return pick(living, [math.exp(self.scale * (v - max(looks))) for v in looks], g)
+        bonus = [self.explore * math.sqrt(math.log(max(node.visits, 1)) / max(c.visits, 1)) for c in living]
+        return max(zip(living, bonus, strict=True), key=lambda c: c[0].value + c[1])[0]
 
     def _results(self, task: Task, tree: Tree) -> Candidates:
-        assert tree.states is not None
-        leaves, g = tree.states.leaves, torch.Generator().manual_seed(mix(task.seed, tree.rounds, 3))
-        reward = torch.tensor(tree.rewards)
-        index: list[int] = []
+        """Return walked samples, or the best leaves; what is known of them is not judged again."""
+        found: list[tuple[int, Node]] = []
+        g = torch.Generator().manual_seed(mix(task.seed, tree.rounds, 3))
         for r, wanted in enumerate(task.draw.samples.tolist()):
-            mine = (leaves.row == r).nonzero().flatten()
             if self.select == "uct":
-                index += mine[reward[mine].argsort(descending=True, stable=True)][:wanted].tolist()
+                best = sorted((leaf for leaf, _ in tree.leaves(r)), key=lambda n: -n.value)
+                found += [(r, n) for n in best[:wanted]]
             else:
-                index += [tree.walk(r, g).index for _ in range(wanted)]
-        at = torch.tensor(index)
-        x, row = leaves.x[at.to(leaves.x.device)], leaves.row[at]
-        rewards = task.judge(x, tree.rows.prompt[row])
-        total = torch.stack([task.judge.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
-        return Candidates(x, tree.rows.prompt[row], rewards, total, torch.zeros(len(at)), tree.states)
+                found += [(r, tree.walk(r, g)) for _ in range(wanted)]
+        row = torch.tensor([r for r, _ in found])
+        x = torch.cat([n.x for _, n in found if n.x is not None])
+        total = torch.tensor([n.value for _, n in found])
+        weights = task.judge.scorer.weights
+        if len(weights) == 1 and next(iter(weights.values())):
+            name, weight = next(iter(weights.items()))
+            rewards = {name: total / weight}
+        else:
+            with task.policy.ledger.within(None), torch.no_grad():
+                rewards = task.judge(x, tree.rows.prompt[row])
+        # UCT visits by value and by count: its root is a search's, and no estimate of anything
+        log_z = None if self.select == "uct" else self.scale * torch.tensor([root.value for root in tree.roots])
+        kept = tree.trajectory() if task.keep else None
+        return Candidates(x, tree.rows.prompt[row], rewards, total, torch.zeros(len(row)), kept, log_z)
+
+    def _save(self, task: Task, tree: Tree) -> None:
+        path = _path(task)
+        if path is not None and tree.rounds:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tree.state_dict(), path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)  # never half a tree
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
@@ -219,3 +188,7 @@ class DTS(Steering):
             "search": Preset(cls(select="uct"), FitOptions(steps=10, size=1), guidance=False, note="DTS*, shapes."),
             "demo": Preset(cls(rounds=32, scale=5.0), FitOptions(steps=10, size=4), guidance=False, note="shapes."),
         }
+
+
+def _path(task: Task) -> Path | None:
+    return None if task.folder is None else task.folder / STATE

@@ -12,16 +12,15 @@ ESS (biased, O(1/N)).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from flowalign.guidance import Twist
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.particles import finish, noisy_kernel, rows_of
+from flowalign.methods.particles import finish, noisy_kernel, roll, rows_of
 from flowalign.options import FitOptions
 from flowalign.potentials import Difference, Immediate, Maximum, Potential, Sum, Tempered
 from flowalign.potentials.tempered import geometric
-from flowalign.rollout import rollout
 from flowalign.selection import Resample
 from flowalign.values import Completion, Score, Tweedie, Value
 
@@ -90,13 +89,13 @@ class FKSteering(Steering):
                 "use differentiable rewards (see flowalign rewards)."
             )
         rows = rows_of(task, per_sample=False)
-        tree = rollout(
-            task.policy, noisy_kernel(task.policy.process, self.noise), task.times,
-            rows.enter(self.particles * int(task.draw.samples.max())), rows.cond, noise=rows.noise,
+        tree = roll(
+            rows, noisy_kernel(task.policy.process, self.noise),
+            rows.enter(self.particles * int(task.draw.samples.max())),
             value=self._value(task, rows.score, rows.cond), potential=self._potential(),
             select=Resample(self.scheme, self.threshold, self.every), guide=self._guide(task),
         )  # fmt: skip
-        yield finish(rows, tree)
+        yield replace(finish(rows, tree), log_z=tree.log_evidence())
 
     def _value(self, task: Task, score: Score, cond: Any) -> Value:
         return Tweedie(score) if self.lookahead == 1 else Completion(task.policy, score, cond, self.lookahead)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowalign.guidance import Guide
 from flowalign.kernels import Ancestral, EulerMaruyama, Kernel
 from flowalign.laws import Ddim, FlowGrpo
 from flowalign.methods.base import Candidates, Task
 from flowalign.noise import START, Noise
+from flowalign.policy import Policy
+from flowalign.potentials import Potential
 from flowalign.process import Process, Rectified
+from flowalign.rollout import walk
+from flowalign.selection import Selection
 from flowalign.trajectory import Nodes, Trajectory, ranks
+from flowalign.values import Value
 
-__all__ = ["Rows", "finish", "noisy_kernel", "rows_of"]
+__all__ = ["Rows", "finish", "noisy_kernel", "roll", "rows_of"]
 
 
 def noisy_kernel(process: Process, noise: float) -> Kernel:
@@ -40,16 +47,24 @@ class Rows:
         cond: by row.
         noise: keyed by row.
         task: whose.
+        heard: the states judged last, and their rewards: the leaves of a rollout are not decoded a second time.
     """
 
     prompt: Tensor
     cond: Any
     noise: Noise
     task: Task
+    heard: list[tuple[Tensor, Mapping[str, Tensor]]] = field(default_factory=list, repr=False, compare=False)
 
     def score(self, x0: Tensor, row: Tensor) -> Tensor:
         """Return the weighted reward of clean states of the given rows."""
-        return self.task.judge.total(x0, self.prompt[row])
+        rewards = self.task.judge(x0, self.prompt[row])
+        self.heard[:] = [(x0.detach(), {k: r.detach() for k, r in rewards.items()})]
+        return torch.stack([self.task.judge.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
+
+    def last(self, x0: Tensor) -> Mapping[str, Tensor] | None:
+        """Return the rewards of states if they are those that were judged last."""
+        return next((r for x, r in self.heard if x.shape == x0.shape and torch.equal(x, x0)), None)
 
     def enter(self, n: int) -> Nodes:
         """Return ``n`` fresh particles for each row."""
@@ -74,11 +89,48 @@ def rows_of(task: Task, per_sample: bool, seed: int | None = None) -> Rows:
     return Rows(prompt, task.judge.cond[prompt], Noise(task.seed if seed is None else seed, keys), task)
 
 
+def roll(
+    rows: Rows,
+    kernel: Kernel,
+    start: Nodes,
+    *,
+    policy: Policy | None = None,
+    value: Value | None = None,
+    potential: Potential | None = None,
+    select: Selection | None = None,
+    guide: Guide | None = None,
+) -> Trajectory:
+    """Roll out in the task's sight: each level is shown to ``task.watch``, and kept as the task wants it.
+
+    Args:
+        rows: whose noise and conditions.
+        kernel: the law of a step.
+        start: particles.
+        policy: evaluates; the task's own when None.
+        value: what a state promises; see :func:`flowalign.rollout.rollout` for this and the following.
+        potential: weighs lineages.
+        select: who has offspring.
+        guide: gradient guidance.
+    """
+    task = rows.task
+    levels: list[Nodes | None] = [None] * len(task.times)
+    stage = None
+    for stage in walk(
+        policy or task.policy, kernel, task.times, start, rows.cond, noise=rows.noise, n_rows=len(rows.prompt),
+        guide=guide, value=value, potential=potential, select=select,
+    ):  # fmt: skip
+        task.watch(stage)
+        kept = stage.nodes
+        levels[stage.level] = replace(kept, gradient=None, step=None, carry=None) if task.keep else kept.bare()
+    assert stage is not None
+    return Trajectory(torch.as_tensor(task.times, dtype=torch.float64).cpu(), tuple(levels), stage.log_z)
+
+
 def finish(rows: Rows, tree: Trajectory) -> Candidates:
-    """Judge the leaves and return them as candidates of their prompts, with their weights."""
+    """Return the leaves as candidates of their prompts, with their weights; they are judged unless they just were."""
     leaves = tree.leaves
     prompt = rows.prompt[leaves.row]
     with torch.no_grad():
-        rewards = rows.task.judge(leaves.x, prompt)
+        rewards = rows.last(leaves.x) or rows.task.judge(leaves.x, prompt)
         total = torch.stack([rows.task.judge.scorer.weights[k] * r for k, r in rewards.items()]).sum(0)
     return Candidates(leaves.x, prompt, rewards, total, leaves.log_w, tree)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.particles import finish, noisy_kernel, rows_of
+from flowalign.methods.particles import finish, noisy_kernel, roll, rows_of
 from flowalign.noise import NoiseSource
 from flowalign.options import FitOptions
 from flowalign.potentials import Immediate
-from flowalign.rollout import rollout
 from flowalign.selection.base import Chosen, Selection, by_row
 from flowalign.values import Tweedie
 
@@ -81,9 +80,9 @@ class SVDD(Steering):
         if self.children < 2:
             raise ValueError(f"a choice needs at least 2 children; got {self.children}.")
         rows = rows_of(task, per_sample=True)
-        tree = rollout(
-            task.policy, noisy_kernel(task.policy.process, self.noise), task.times, rows.enter(1), rows.cond,
-            noise=rows.noise, value=Tweedie(rows.score), potential=Immediate(self.scale),
+        tree = roll(
+            rows, noisy_kernel(task.policy.process, self.noise), rows.enter(1),
+            value=Tweedie(rows.score), potential=Immediate(self.scale),
             select=PickOne(self.children, len(task.times) - 2, self.greedy),
         )  # fmt: skip
         found = finish(rows, tree)
