@@ -23,6 +23,7 @@ def load(
     check: bool = True,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantization: Any = None,
 ) -> Adapter:
     """Wrap any diffusers pipeline.
 
@@ -35,19 +36,23 @@ def load(
             at the first :meth:`~flowalign.pipelines.adapter.Adapter.encode`. The answer is ``generator.verdict``.
         dtype: precision to load in (folder or id).
         device: where to load to (folder or id).
+        quantization: diffusers' own ``PipelineQuantizationConfig`` (bitsandbytes, quanto, torchao, GGUF), handed to
+            ``from_pretrained`` (folder or id).
 
     Raises:
-        ValueError: for a folder that does not exist or holds no pipeline, or dtype and device with an instantiated one.
+        ValueError: for a folder that does not exist or holds no pipeline, or dtype, device and quantization with an
+            instantiated one.
         TypeError: for something that is no pipeline.
     """
     import diffusers
 
     if isinstance(pipe, str | Path):
-        pipe = _read(pipe, dtype)
+        pipe = _read(pipe, dtype, quantization)
         pipe = pipe if device is None else pipe.to(device)
-    elif dtype is not None or device is not None:
+    elif dtype is not None or device is not None or quantization is not None:
         raise ValueError(
-            "dtype and device are for pipelines loaded here; move an instantiated one yourself: pipe.to(...)."
+            "dtype, device and quantization are for pipelines loaded here; move an instantiated one yourself, "
+            "pipe.to(...), and quantise it with memory.apply(generator, Memory(quantize='int8'))."
         )
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"load() takes a diffusers pipeline, a folder or a hub id; got {type(pipe).__name__}.")
@@ -57,8 +62,10 @@ def load(
     return adapter
 
 
-def _read(source: str | Path, dtype: torch.dtype | None) -> Any:
+def _read(source: str | Path, dtype: torch.dtype | None, quantization: Any) -> Any:
     from diffusers import DiffusionPipeline
+
+    import flowalign.pipelines.schedulers  # noqa: F401 - diffusers finds a saved scheduler of ours only if imported
 
     path = Path(source)
     if path.exists():
@@ -69,5 +76,6 @@ def _read(source: str | Path, dtype: torch.dtype | None) -> Any:
             )
     elif str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {source}, and it is no hub id (owner/name) either.")
-    options = {} if dtype is None else {"torch_dtype": dtype}
+    options = {"torch_dtype": dtype, "quantization_config": quantization}
+    options = {k: v for k, v in options.items() if v is not None}
     return DiffusionPipeline.from_pretrained(str(source), **options)

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowalign.pipelines.quantise import plain
+
 __all__ = ["add", "export", "load", "merge", "save", "scale", "unmerge"]
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -248,8 +250,19 @@ def scale(networks: Mapping[str, nn.Module], weight: float, name: str = "default
 
 
 def merge(networks: Mapping[str, nn.Module], weight: float = 1.0, name: str = "default") -> None:
-    """Add the update into the weights, ``W += weight · (alpha/rank) B A``; :func:`unmerge` takes it out again."""
-    for layer in tuned(networks, name):
+    """Add the update into the weights, ``W += weight · (alpha/rank) B A``; :func:`unmerge` takes it out again.
+
+    Raises:
+        ValueError: if the weights below are quantised.
+    """
+    layers = list(tuned(networks, name))
+    packed = [layer for layer in layers if not plain(layer.get_base_layer().weight)]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} of {len(layers)} layers under this LoRA are quantised, and an update cannot be added into "
+            "rounded weights. Save the LoRA and merge it into the pipeline loaded in full precision."
+        )
+    for layer in layers:
         layer.set_scale(name, weight)
         layer.merge(safe_merge=True, adapter_names=[name])
 

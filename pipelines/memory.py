@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowalign.pipelines.quantise import plain, quantise
+
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
 
@@ -41,6 +43,9 @@ class Memory:
         offload: move components to the accelerator only while they run (``enable_model_cpu_offload``).
         bf16: hold all frozen weights in bfloat16; trainable ones stay in float32.
         tiling: decode in tiles (the VAE's own).
+        quantize: frozen linear layers in fewer bits: ``int8``, ``int4``, ``float8`` (torchao) or ``dynamic`` (torch's
+            own int8, for encoders on a CPU); see :mod:`flowalign.pipelines.quantise`.
+        quantized: names of the components to quantise; every text and image encoder when empty.
     """
 
     attention: str | None = None
@@ -49,6 +54,8 @@ class Memory:
     offload: bool = False
     bf16: bool = False
     tiling: bool = False
+    quantize: str | None = None
+    quantized: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,10 @@ def apply(adapter: Adapter, options: Memory) -> None:
         checkpointing(networks)
     if options.bf16:
         halve(adapter)
+    if options.quantize is not None:
+        quantise(adapter, options.quantize, options.quantized)
+    elif options.quantized:
+        raise ValueError(f"quantized={options.quantized!r} does nothing without quantize=..., e.g. quantize='int8'.")
     if options.tiling:
         tiling(adapter)
     if options.compile:
@@ -170,7 +181,8 @@ def halve(adapter: Adapter) -> None:
         if getattr(getattr(module, "config", None), "force_upcast", False):
             continue
         for parameter in module.parameters():
-            if not parameter.requires_grad or module not in adapter.experts.values():
+            frozen = not parameter.requires_grad or module not in adapter.experts.values()
+            if frozen and plain(parameter):  # quantised weights have their precision
                 parameter.data = parameter.data.bfloat16()
         for name, buffer in module.named_buffers():
             if buffer.is_floating_point() and "inv_freq" not in name:

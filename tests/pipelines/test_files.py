@@ -1,9 +1,14 @@
 """LoRA and full weights in and out, and the options of memory and speed."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import diffusers
 import pytest
 import torch
 
-from flowalign.pipelines import lora
+from flowalign.pipelines import load, lora, quantise
 from flowalign.pipelines.memory import Memory, apply
 from flowalign.pipelines.verdict import stock
 from tests.pipelines.contract import gap, split, subject
@@ -127,6 +132,97 @@ def test_bf16_keeps_kernels_and_lora_in_float32():
     assert {p.dtype for p in parameters} == {torch.float32}
     posterior.x0.sum().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_encoders_in_int8_by_torch_alone():
+    s = subject("StableDiffusion3")
+    full = s.adapter.posterior(s.begin(), s.times[0], s.cond).x0.detach()
+    apply(s.adapter, Memory(quantize="dynamic"))
+    parts = (s.case.pipe.text_encoder, s.case.pipe.text_encoder_2, s.case.pipe.text_encoder_3)
+    for part in parts:
+        assert not [m for m in part.modules() if type(m) is torch.nn.Linear]
+    assert [m for m in s.adapter.denoiser.modules() if type(m) is torch.nn.Linear]
+    cond = s.adapter.encode([split(s.case.inputs)[0]])  # relearnt: nothing of the old encodings is left
+    assert 0 < gap(s.adapter.posterior(s.begin(), s.times[0], cond).x0.detach(), full) < 0.2
+    parameters = s.adapter.add_lora(2)
+    s.adapter.posterior(s.begin(), s.times[0], cond).x0.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    with pytest.raises(ValueError, match="quantised already"):
+        apply(s.adapter, Memory(quantize="dynamic"))
+
+
+def test_quantisation_that_would_do_nothing_is_refused(monkeypatch):
+    s = subject("StableDiffusion3")
+    for options, words in {
+        Memory(quantize="int3"): "no quantisation 'int3'",
+        Memory(quantize="int8"): "pip install torchao",
+        Memory(quantized=("text_encoder",)): "does nothing without quantize",
+        Memory(quantize="dynamic", quantized=("text_encoder_9",)): "no component text_encoder_9",
+        Memory(quantize="dynamic", quantized=("transformer",)): "passes no gradient",
+        Memory(quantize="dynamic", quantized=("vae",)): "do nothing",
+    }.items():
+        monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: None)
+        if words == "do nothing":  # an autoencoder without attention has no linear layer
+            for name in [n for n, m in s.case.pipe.vae.named_modules() if isinstance(m, torch.nn.Linear)]:
+                s.case.pipe.vae.set_submodule(name, torch.nn.Identity())
+        with pytest.raises(ValueError, match=words):
+            apply(s.adapter, options)
+    assert not [m for m in s.case.pipe.text_encoder.modules() if "Quantized" in type(m).__name__]
+    with pytest.raises(ValueError, match="no text or image encoder"):
+        apply(subject("DDIM").adapter, Memory(quantize="dynamic"))
+
+
+class Packed(torch.Tensor):
+    """Stand for torchao's tensor: a weight that has been rounded."""
+
+
+def torchao(monkeypatch, narrow):
+    """Put a torchao in place that rounds to 1/64, and passes over layers narrower than ``narrow``."""
+    package, part = ModuleType("torchao"), ModuleType("torchao.quantization")
+    part.Int8WeightOnlyConfig = part.Int4WeightOnlyConfig = part.Float8WeightOnlyConfig = SimpleNamespace
+
+    def quantize_(module, config, wanted):
+        for path, layer in module.named_modules():
+            if wanted(layer, path) and layer.in_features >= narrow:
+                rounded = ((layer.weight.data * 64).round() / 64).as_subclass(Packed)
+                layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
+
+    part.quantize_ = quantize_
+    monkeypatch.setitem(sys.modules, "torchao", package)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", part)
+    monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
+
+
+def test_frozen_base_under_a_lora_is_handed_to_torchao(monkeypatch):
+    s = dressed("StableDiffusion3")
+    before = s.adapter.posterior(s.begin(), s.times[0], s.cond).x0.detach()
+    torchao(monkeypatch, 0)
+    apply(s.adapter, Memory(quantize="int8", quantized=("transformer",)))
+    trained = [p for p in s.adapter.denoiser.parameters() if p.requires_grad]
+    assert trained and not any(isinstance(p, Packed) for p in trained)
+    x0 = s.adapter.posterior(s.begin(), s.times[0], s.cond).x0
+    assert 0 < gap(x0, before) < 0.2
+    x0.sum().backward()
+    assert all(p.grad is not None for p in trained)
+    with pytest.raises(ValueError, match="rounded weights"):
+        lora.merge(s.adapter.experts)
+    torchao(monkeypatch, 10**9)
+    with pytest.raises(ValueError, match="passed over every layer of text_encoder"):
+        apply(s.adapter, Memory(quantize="int4", quantized=("text_encoder",)))
+
+
+def test_quantisation_while_loading_is_diffusers_own(tmp_path, monkeypatch):
+    s = subject("StableDiffusion3")
+    config, seen = object(), []
+    with pytest.raises(ValueError, match="quantization are for pipelines loaded here"):
+        load(s.case.pipe, quantization=config)
+    s.case.pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "from_pretrained", lambda folder, **options: seen.append(options) or s.case.pipe
+    )
+    load(tmp_path, quantization=config, dtype=torch.float32, check=False)
+    load(tmp_path, check=False)
+    assert seen == [{"quantization_config": config, "torch_dtype": torch.float32}, {}]
 
 
 def test_offload_without_an_accelerator():
