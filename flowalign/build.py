@@ -21,12 +21,12 @@ from torch import Tensor
 from flowalign.allocate import make_source
 from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Layouts
+from flowalign.learner import Learner, learners_of
 from flowalign.noise import mix
 from flowalign.policy import Policy
 from flowalign.precision import run_context
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Card, Meta, Pipeline, Reward
-from flowalign.recipe import Learner, learners_of
 from flowalign.scorer import Scorer
 from flowalign.source import Prompt, Source
 from flowalign.steer import SteerConfig

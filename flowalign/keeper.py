@@ -65,4 +65,6 @@ class Keeper:
         if iteration and not there and steps == self.trainer.steps:
             self._save(around)
             path = checkpoint.latest(self.folder)
-        return f"Resuming would go on from {path}." if path is not None else "Resuming would begin anew: nothing is done."
+        return (
+            f"Resuming would go on from {path}." if path is not None else "Resuming would begin anew: nothing is done."
+        )

@@ -58,7 +58,16 @@ class FitOptions:
     ratio_tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        least = {"iterations": 1, "groups": 1, "size": 1, "steps": 1, "updates": 1, "batch": 1, "accumulate": 0, "overlap": 1}
+        least = {
+            "iterations": 1,
+            "groups": 1,
+            "size": 1,
+            "steps": 1,
+            "updates": 1,
+            "batch": 1,
+            "accumulate": 0,
+            "overlap": 1,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flowalign.hearing import Heard, hearing
+from flowalign.learner import learners_of
 from flowalign.ledger import Ledger
 from flowalign.pause import Pause
 from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
-from flowalign.recipe import learners_of
 
 __all__ = ["Bound", "Scorer"]
 

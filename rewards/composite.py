@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flowalign.learner import Learner, learners_of
 from flowalign.protocols import Card, Meta, Modality, Reward, check_scores
-from flowalign.recipe import Learner, learners_of
 from flowalign.rewards.base import Judge
 
 __all__ = ["Composite", "Memo", "once"]

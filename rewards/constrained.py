@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowalign.hearing import tell
+from flowalign.learner import Learner
 from flowalign.protocols import Meta, Reward
-from flowalign.recipe import Learner
 from flowalign.rewards.composite import Composite
 
 __all__ = ["Constrained", "Constraint", "Multipliers"]

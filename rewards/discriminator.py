@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowalign.hearing import tell
+from flowalign.learner import Learner
 from flowalign.protocols import Card, Meta, check_media
-from flowalign.recipe import Learner
 from flowalign.rewards.base import Judge
 from flowalign.rewards.data import picture, pictures
 from flowalign.rewards.dino import Dino

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flowalign.hearing import hearing
 from flowalign.protocols import Card, Reward
 from flowalign.rewards.algebra import (
     Cached,
@@ -166,31 +167,37 @@ def test_ensembles(red, green, x):
         SoftMin([red], -1.0)
 
 
+def taught(c, x):
+    """One iteration of the loop: score while it listens, then let the multipliers learn."""
+    with hearing() as heard:
+        scores = c(x, P[: len(x)])
+    return scores, c.dual.learn([what for _, what in heard], 0, lambda v: v)
+
+
 def test_lagrangian_multiplier_grows_while_broken_and_resumes(red, green, x):
     c = Constrained(red, [Constraint(green, bound=0.9, rate=0.5, limit=1.0)])
     r, g = means(x)
     assert torch.allclose(c(x, P), r)  # the multiplier starts at 0
-    with torch.no_grad():
-        c(x, P)
     assert c.multipliers.item() == 0  # scoring, as in an evaluation, moves nothing
-    c.step()
+    scores, metrics = taught(c, x)
     want = 0.5 * (0.9 - g.double().mean())
-    assert c.multipliers.item() == pytest.approx(want.item(), abs=1e-6)
+    assert torch.allclose(scores, r) and c.multipliers.item() == pytest.approx(want.item(), abs=1e-6)
+    assert metrics == pytest.approx({"lambda/green": want.item(), "slack/green": -2 * want.item()}, abs=1e-6)
     assert torch.allclose(c(x, P), r + want * (g - 0.9), atol=1e-6)
-    twin = Constrained(red, [Constraint(green, bound=0.9, rate=0.5, limit=1.0)])
-    twin.load_state_dict(c.state_dict())
-    assert torch.equal(twin(x, P), c(x, P))
+    for state in ("state_dict", "dual"):
+        twin = Constrained(red, [Constraint(green, bound=0.9, rate=0.5, limit=1.0)])
+        if state == "dual":
+            twin.dual.load_state_dict(c.dual.state_dict())
+        else:
+            twin.load_state_dict(c.state_dict())
+        assert torch.equal(twin(x, P), c(x, P))
     assert "lambda/green" in c.parts(x, P)
     for _ in range(20):
-        c(x, P)
-        c.step()
+        taught(c, x)
     assert c.multipliers.item() == 1.0  # held at its limit
     for _ in range(20):
-        c(torch.ones_like(x), P)
-        c.step()
+        taught(c, torch.ones_like(x))
     assert c.multipliers.item() == 0.0  # slack brings it back
-    with pytest.raises(RuntimeError, match="since the last step"):
-        c.step()
 
 
 def test_dual_ascent_solves_a_constrained_problem(green):
@@ -204,8 +211,7 @@ def test_dual_ascent_solves_a_constrained_problem(green):
     share = torch.tensor(0.2)
     for _ in range(80):
         x = share.view(1, 1, 1, 1).expand(1, 3, 2, 2).clone().requires_grad_()
-        share = share + 0.2 * torch.autograd.grad(c(x, ["p"]).sum(), x)[0].sum()
-        c.step()
+        share = share + 0.2 * torch.autograd.grad(taught(c, x)[0].sum(), x)[0].sum()
     assert abs(share.item() - 0.6) < 0.01 and abs(c.multipliers.item() - 1.2) < 0.03
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +32,8 @@ from flowalign.protocols import Card
 from flowalign.recipe import Recipe
 from flowalign.rewards.algebra import Cached, Constrained, Constraint, MicroBatch, reward
 from flowalign.rewards.discriminator import Discriminator
+from flowalign.rewards.quality import Smoothness
+from flowalign.rewards.remote import Patience, RemoteReward
 from flowalign.rollout import Tape
 from flowalign.scorer import Scorer
 from flowalign.source import Prompts
@@ -72,22 +77,22 @@ def dark_blue(media, prompts, meta):
     return -media[:, 2].mean((-1, -2))
 
 
-LIMIT = -0.52  # at most .52 of blue; brightness pulls it up
+LIMIT = -0.55  # at most .55 of blue; brightness pulls it up
 
 
-def bounded(rate: float = 2.0, **kw: float) -> Constrained:
+def bounded(rate: float = 3.0, **kw: float) -> Constrained:
     return Constrained(Bright(), [Constraint(dark_blue, LIMIT, rate=rate, **kw)])
 
 
-@pytest.mark.parametrize("recipe", [grpo, draft])
-def test_a_constraint_ends_satisfied_where_the_free_run_breaks_it(recipe) -> None:
-    """Brightness still rises, but blue stays within the bound; without the constraint it does not."""
-    o = replace(OPTIONS, iterations=60, lr=5e-3, groups=4, size=8 if recipe is grpo else 4, max_grad_norm=10.0)
-    free = list(start(Constrained(Bright(), [Constraint(dark_blue, LIMIT, rate=1e-9)]), o, recipe())[1])[-10:]
-    held = list(start(bounded(), o, recipe())[1])
-    slack = lambda run: sum(m["slack/dark blue"] for m in run) / len(run)  # noqa: E731
-    assert slack(free) < -0.03 and slack(held[-10:]) > -0.01
-    assert held[0]["lambda/dark blue"] >= 0 and max(m["lambda/dark blue"] for m in held) > 0.05
+@pytest.mark.parametrize(("recipe", "rate", "begin"), [(grpo, 3.0, 1.0), (draft, 8.0, 0.0)])
+def test_a_constraint_ends_satisfied_where_the_free_run_breaks_it(recipe: Any, rate: float, begin: float) -> None:
+    """Over the last third of the run the blue of the free one is far beyond the bound, that of the other within it."""
+    o = replace(OPTIONS, iterations=60, lr=4e-3, groups=2, size=16 if recipe is grpo else 8, max_grad_norm=10.0)
+    runs = {r: list(start(bounded(r, start=s), o, recipe())[1]) for r, s in ((1e-9, 0.0), (rate, begin))}
+    free, held = (sum(m["slack/dark blue"] for m in run[-20:]) / 20 for run in runs.values())
+    assert free < -0.15 and held > 0.0
+    moved = [m["lambda/dark blue"] for m in runs[rate]]
+    assert min(moved) == 0.0 and max(moved) > 1.0  # it was needed, and it lets go
 
 
 def test_the_loop_moves_multipliers_once_per_iteration_by_the_raw_values_of_its_samples() -> None:
@@ -101,7 +106,7 @@ def test_the_loop_moves_multipliers_once_per_iteration_by_the_raw_values_of_its_
             return super().step(values)
 
     inner.__class__ = Watching
-    toy, stream, scorer = start(0.5 * MicroBatch(inner, 3) + Bright(), replace(OPTIONS, updates=2, iterations=1))
+    _, stream, scorer = start(0.5 * MicroBatch(inner, 3) + Bright(), replace(OPTIONS, updates=2, iterations=1))
     scorer.chunk = 10
     with torch.no_grad():
         scorer.judge(torch.rand(7, 3, 2, 2), ["a"] * 7)  # an evaluation, before: of no account
@@ -117,9 +122,9 @@ def test_all_processes_move_a_multiplier_alike() -> None:
     c = bounded(rate=1.0)
     with hearing() as heard:
         c(torch.full((2, 3, 2, 2), 0.9), ["", ""])
-    other = torch.full((2, 1), -0.1)
+    other = torch.full((2, 1), -0.3)
     c.dual.learn([what for _, what in heard], 0, lambda mine: torch.cat([mine, other]))
-    assert float(c.multipliers) == pytest.approx(LIMIT + 0.5, abs=1e-6) or float(c.multipliers) == 0.0
+    assert float(c.multipliers) == pytest.approx(LIMIT + 0.6, abs=1e-6)
     assert c.dual.learn([], 0, lambda v: v) == {}
 
 
@@ -169,7 +174,7 @@ def test_the_discriminator_learns_in_the_loop_and_pulls_samples_towards_the_exem
     """Its loss falls, it tells exemplars from the first samples, and the generator turns red as they are."""
     d = adversarial(vit)
     o = replace(OPTIONS, iterations=40, lr=1e-2, groups=2, size=16)
-    toy, stream, scorer = start(d, o)
+    toy, stream, _ = start(d, o)
     untouched = adversarial(vit)
     before = sample(toy)
     metrics = list(stream)
@@ -189,7 +194,7 @@ def sample(toy: Toy) -> torch.Tensor:
 
 
 def test_scoring_elsewhere_never_trains_the_head(vit: str, tmp_path: Path) -> None:
-    """Without exemplars nothing learns; evaluation leaves the head alone; a folder of pictures will do for exemplars."""
+    """Without exemplars nothing learns; evaluation leaves the head alone; a folder will do for exemplars."""
     from torchvision.utils import save_image
 
     d = adversarial(vit)
@@ -332,6 +337,52 @@ def test_a_pause_in_the_middle_of_updates_saves_nothing_wrong(tmp_path: Path) ->
         list(stream)
     toy, stream, _ = start(Bright(), o, draft(), folder=tmp_path / "b", resume=True)
     assert timeless(stream) == want[2:] and torch.equal(flat(whole), flat(toy))
+
+
+class Served:
+    """``flowalign serve smoothness`` as a process of its own, which can be killed and started again on its port."""
+
+    def __init__(self) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        command = ["serve", "smoothness", "--port", str(self.port), "--device", "cpu"]
+        self.process = subprocess.Popen([sys.executable, "-m", "flowalign", *command], stderr=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+
+@pytest.mark.parametrize("overlap", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_server_killed_in_the_middle_and_started_again_costs_only_time(overlap: int, tmp_path: Path) -> None:
+    """A process killed with -9 between two iterations, back when the pause is announced: same bits to the end."""
+    o = replace(OPTIONS, checkpoint_every=0, iterations=4, overlap=overlap)
+    whole, stream, _ = start(Smoothness(), o, folder=tmp_path / "a")
+    want = timeless(stream)
+    server, said = Served(), []
+
+    def say(message: str) -> None:
+        said.append(message)
+        if "paused" in message:
+            server.start()
+
+    try:
+        patience = Patience(timeout=20, grace=60, first=0.1, longest=0.2)
+        judge = RemoteReward(f"http://127.0.0.1:{server.port}", patience=patience)
+        judge.patience = replace(patience, grace=0.1)
+        toy, stream, _ = start(judge, o, None, Pause(first=0.2, longest=0.5, say=say), folder=tmp_path / "b")
+        got = [next(stream), next(stream)]
+        assert not said
+        server.kill()
+        got += list(stream)
+    finally:
+        server.kill()
+    assert len(said) == 2 and f"127.0.0.1:{server.port} is down" in said[0] and "flowalign serve" in said[0]
+    assert timeless(got) == want and torch.equal(flat(whole), flat(toy))
 
 
 @pytest.mark.parametrize("bad", [dict(patience=-1.0), dict(first=0.0), dict(first=9.0, longest=1.0)])
