@@ -101,6 +101,7 @@ class Job:
         judged: the same generator as it is evaluated, which may differ in guidance.
         scorer: of the training.
         judge: of the evaluation; its first reward is the headline.
+        watch: of the checks: the judge's rewards, then what else is trained on.
         source: training prompts.
         exam: final evaluation.
         check: small evaluation while training; None for none.
@@ -114,6 +115,7 @@ class Job:
     judged: Pipeline
     scorer: Scorer
     judge: Scorer
+    watch: Scorer
     source: Source
     exam: Exam
     check: Exam | None
@@ -141,17 +143,17 @@ def build(config: RunConfig) -> Job:
     _check_names(config.reward, e.rewards or "", facts.judge if facts is not None else "")
     device = pick_device(config.device)
     pipeline, judged = open_pipeline(config.pipeline, config.call, [config.guidance, e.guidance], device)
-    rewards = {
-        n: (Shuffled(r, config.fit.seed) if config.permute else r) for n, r in _terms(config.reward, device).items()
-    }
+    plain = _terms(config.reward, device)
+    rewards = {n: (Shuffled(r, config.fit.seed) if config.permute else r) for n, r in plain.items()}
     weights = {k: w for k, (_, w) in _parsed(config.reward).items()}
     judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
-    judges = _terms(judge_spec, device) if judge_spec else {k: r for k, r in _terms(config.reward, device).items()}
+    judges = _terms(judge_spec, device) if judge_spec else plain
     steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
         Scorer(judged, judges),
+        Scorer(judged, {**judges, **{n: r for n, r in plain.items() if n not in judges}}),
         make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,

@@ -77,6 +77,7 @@ SHORT = {
     "--max-evaluations": "--fit.max-evaluations",
     "--iterations": "--fit.iterations",
     "--seed": "--fit.seed",
+    "--stop-on-hacking": "--evaluation.stop-on-hacking",
 }
 
 
@@ -266,7 +267,11 @@ def report(args: list[str]) -> None:
 
 
 def methods(args: list[str]) -> None:
-    """``flowalign methods [NAME]``."""
+    """``flowalign methods [NAME] [--json]``."""
+    if flag(args, "--json"):
+        found = {n: methods_json(n) for n in (args or METHODS)}
+        print(json.dumps(found, indent=2))
+        return
     if not args:
         for name in METHODS:
             m = resolve(name)
@@ -281,6 +286,15 @@ def methods(args: list[str]) -> None:
             f"preset {key}: {preset.note}\n  method {json.dumps(to_dict(preset.method))}\n"
             f"  fit {json.dumps(to_dict(preset.fit))}"
         )
+
+
+def methods_json(name: str) -> dict[str, Any]:
+    """Return what is known of a method, with the settings of all its presets."""
+    from flowalign.config import to_dict
+
+    m = resolve(name)
+    presets = {key: to_dict(preset) for key, preset in m.presets().items()}
+    return {"kind": m.kind, "summary": m.summary, "reference": m.reference, "presets": presets}
 
 
 def rewards(args: list[str]) -> None:

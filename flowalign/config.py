@@ -46,7 +46,9 @@ class Evaluation:
             the training's own reward is when None.
         layouts: module:function(media, prompts) -> (B,) integers that name arrangements; the world's own when None.
         seed: of the noises.
-        every: iterations between checks while training; 0 for none.
+        every: iterations between checks while training, of the trained reward beside held-out ones, diversity and
+            distance to the base; 0 for none.
+        stop_on_hacking: end the run where checks say that the trained reward rises while a held-out one falls.
         check: images of a check in all.
         check_prompts: prompts of a check; the selection set of a world, or the training prompts, when None.
         base: a before.pt of another run with the same pipeline and evaluation, to save the time of making it again.
@@ -60,7 +62,8 @@ class Evaluation:
     rewards: str | None = None
     layouts: str | None = None
     seed: int = 20261121
-    every: int = 0
+    every: int = 20
+    stop_on_hacking: bool = False
     check: int = 200
     check_prompts: str | None = None
     base: Path | None = None
@@ -69,6 +72,8 @@ class Evaluation:
         for name, low in {"images": 1, "batch": 1, "every": 0, "check": 1}.items():
             if getattr(self, name) < low:
                 raise ValueError(f"evaluation.{name} must be at least {low}; got {getattr(self, name)}.")
+        if self.stop_on_hacking and not self.every:
+            raise ValueError("evaluation.stop_on_hacking looks at the checks, and evaluation.every = 0 makes none.")
 
 
 @dataclass(frozen=True)

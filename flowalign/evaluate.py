@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from flowalign.collect import enter
 from flowalign.kernels import EulerMaruyama, Kernel
@@ -86,6 +87,7 @@ class Outcome:
         category: of the prompt.
         scores: by reward name, ``(N,)``; the first is the judge.
         layout: an integer per image that names its arrangement, ``(N,)``; None where it is not measured.
+        thumbs: a few numbers per image, ``(N, d)``, of which the spread is taken; None in older files.
         pictures: of some images, ``(K, ...)``.
         shown: which images those are.
         x0: clean states of those.
@@ -98,6 +100,7 @@ class Outcome:
     pictures: Tensor
     shown: list[int]
     x0: Tensor
+    thumbs: Tensor | None = None
 
     @property
     def judged(self) -> Tensor:
@@ -115,7 +118,7 @@ class Outcome:
     @classmethod
     def recall(cls, state: Mapping[str, Any]) -> Outcome:
         """Return the outcome of :meth:`state_dict`; further keys are left out."""
-        return cls(**{f.name: state[f.name] for f in fields(cls)})
+        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state or f.default is MISSING})
 
 
 def category(prompt: Prompt) -> str:
@@ -151,7 +154,7 @@ def examine(
     names = [category(exam.prompts[r]) for r in row.tolist()]
     show = {i for c in exam.categories for i in _first(names, c, exam.keep, row)}
     scores: dict[str, list[Tensor]] = {}
-    codes, pictures, states, shown = [], [], [], []
+    codes, pictures, states, shown, small = [], [], [], [], []
     with policy.playing(role):
         for index, x, media, judged in _chunks(pipeline, policy, scorer, exam, row, kernel or EulerMaruyama()):
             for name, value in judged.items():
@@ -161,13 +164,27 @@ def examine(
             kept = [k for k, i in enumerate(index.tolist()) if i in show]
             shown += [int(index[k]) for k in kept]
             pictures.append(media[kept].float().cpu())
+            small.append(thumbnails(media))
             states.append(x[kept].float().cpu())
             if progress is not None:
                 progress(len(index))
     joined = {k: torch.cat(v) for k, v in scores.items()}
     return Outcome(
-        row, names, joined, torch.cat(codes) if codes else None, torch.cat(pictures), shown, torch.cat(states)
-    )
+        row, names, joined, torch.cat(codes) if codes else None, torch.cat(pictures), shown, torch.cat(states),
+        torch.cat(small),
+    )  # fmt: skip
+
+
+def thumbnails(media: Tensor, side: int = 8) -> Tensor:
+    """Return a few numbers of each sample, ``(B, d)``: pixels of 8×8 (and 4 frames), or 64 loudnesses of audio."""
+    media = media.detach().float()
+    if media.ndim == 3:
+        small = adaptive_avg_pool1d(media.square(), side * side).clamp_min(0).sqrt()
+    elif media.ndim == 4:
+        small = adaptive_avg_pool2d(media, side)
+    else:
+        small = adaptive_avg_pool3d(media.transpose(1, 2), (4, side, side))
+    return small.flatten(1).cpu()
 
 
 def _first(names: list[str], name: str, keep: int, row: Tensor, prompts: int = 8) -> list[int]:

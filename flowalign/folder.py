@@ -28,6 +28,7 @@ BUDGETS = (
     "fit.max_seconds",
     "fit.max_evaluations",
     "fit.checkpoint_every",
+    "evaluation.stop_on_hacking",
     "max_wall",
     "output",
     "trackers",

@@ -45,6 +45,7 @@ def figure(
     *,
     percent: Sequence[str] = (),
     lines: Mapping[str, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
     """Draw panels side by side, three a row.
 
@@ -53,6 +54,7 @@ def figure(
         xlabel: of all panels.
         percent: titles of panels whose values are shares.
         lines: title → a level to mark.
+        marks: places on the x axis to mark in every panel, with their colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,6 +74,8 @@ def figure(
             _draw(ax, s)
         if lines and title in lines:
             ax.axhline(lines[title], color="#868e96", linewidth=1, linestyle=(0, (4, 3)))
+        for x, colour in marks:
+            ax.axvline(x, color=colour, linewidth=1.2, linestyle=(0, (2, 2)))
         if title in percent:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _dress(ax, title, xlabel, any(s.label for s in series))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowalign import curves
 from flowalign.config import to_dict
 from flowalign.evaluate import Outcome
 from flowalign.folder import Folder
 from flowalign.media_files import data_uri, grid
-from flowalign.plots import COLOURS, Series, figure
+from flowalign.plots import COLOURS
 
 __all__ = ["Shown", "write_report"]
 
@@ -103,9 +104,11 @@ def write_report(
         main=main,
         categories=list(next((r.accuracy for r in runs if r.accuracy), {})),
         sheets=_sheets(runs, main),
-        learning=_learning(runs),
-        quality=_quality(runs, main),
-        insides=_insides(runs),
+        learning=curves.learning(runs),
+        watched=curves.watched(runs, main),
+        verdicts=[curves.verdict(r) for r in runs if r.checks],
+        quality=curves.quality(runs, main),
+        insides=curves.insides(runs),
         reward=config.reward,
         config=[(r.label, _yaml(to_dict(r.folder.config()))) for r in runs],
     )
@@ -159,71 +162,6 @@ def _strip(outcome: Outcome, prompt: int) -> str:
 def _texts(run: Shown) -> dict[int, str]:
     """Return the exam's prompts by number."""
     return {int(k): v for k, v in run.summary.get("prompts", {}).items()}
-
-
-# -- curves ----------------------------------------------------------------------------------------------------------
-def _learning(runs: Sequence[Shown]) -> str:
-    """Draw the training reward, by network evaluations."""
-    keys = list(
-        dict.fromkeys(k for r in runs for m in r.metrics for k in m if k == "reward" or k.startswith("reward/"))
-    )
-    keys = [k for k in keys if k != "reward"] if len(keys) == 2 else keys
-    panels = {_reward_title(k): [_series(r, k, runs) for r in runs] for k in keys}
-    panels["groups without variance"] = [_series(r, "dead", runs) for r in runs]
-    return figure(panels, "thousand network evaluations", percent=["groups without variance"])
-
-
-def _reward_title(key: str) -> str:
-    return "training reward" + (f": {key.removeprefix('reward/').rsplit(':', 1)[-1]}" if "/" in key else "")
-
-
-def _series(run: Shown, key: str, runs: Sequence[Shown]) -> Series:
-    rows = [m for m in run.metrics if key in m]
-    x = [m.get("ledger/evaluations", m["iteration"]) / 1000 for m in rows]
-    width = max(1, len(rows) // 15) if len(rows) > 30 else 0
-    return Series(run.label if len(runs) > 1 else "", x, [m[key] for m in rows], colour=run.colour, smooth=width)
-
-
-def _quality(runs: Sequence[Shown], main: str) -> str:
-    """Draw held-out accuracy, layouts kept and drift of the checks, by seconds of training."""
-    score = {r.label: r.summary.get("judge", "") for r in runs}
-    several = len(runs) > 1
-    panels: dict[str, list[Series]] = {}
-    names = list(dict.fromkeys(c for r in runs for k in r.checks for c in k.get(score[r.label], {})))
-    for name in sorted(names, key=lambda c: c != main):
-        panels[f"accuracy: {name}"] = [_check(r, score[r.label], name, "after", several) for r in runs]
-    panels[f"layouts kept: {main}"] = [_check(r, score[r.label], main, "layouts_kept", several) for r in runs]
-    panels["drift from the base"] = [
-        Series(
-            r.label if several else "",
-            [c["seconds"] for c in r.checks],
-            [c["drift"] for c in r.checks],
-            colour=r.colour,
-        )
-        for r in runs
-    ]
-    kept = f"layouts kept: {main}"
-    share = [k for k in panels if k.startswith(("accuracy", "layouts"))]
-    return figure(panels, "seconds of training", percent=share, lines={kept: 0.8})
-
-
-def _check(run: Shown, score: str, name: str, what: str, several: bool) -> Series:
-    rows = [(c["seconds"], c[score][name]) for c in run.checks if name in c.get(score, {})]
-    rows = [(s, c) for s, c in rows if c[what] is not None]
-    values = [c[what] for _, c in rows]
-    pair = bool(values) and isinstance(values[0], list | tuple)
-    y = [v[0] for v in values] if pair else values
-    error = [v[1] for v in values] if pair else None
-    return Series(run.label if several else "", [s for s, _ in rows], y, error, run.colour)
-
-
-def _insides(runs: Sequence[Shown]) -> str:
-    """Draw what the optimiser sees: ratio, distance to the reference, lag, gradient norm."""
-    panels = {
-        "ratio": "ratio", "largest |ratio - 1|": "ratio_gap", "KL to the base": "kl", "lag of the old policy": "lag",
-        "gradient norm": "grad_norm", "reward spread in a group": "reward_std",
-    }  # fmt: skip
-    return figure({t: [_series(r, k, runs) for r in runs] for t, k in panels.items()}, "thousand network evaluations")
 
 
 # -- words -----------------------------------------------------------------------------------------------------------

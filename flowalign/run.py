@@ -24,11 +24,12 @@ from flowalign import checkpoint
 from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
 from flowalign.config import RunConfig, flatten, to_dict
-from flowalign.evaluate import Exam, Outcome, compare, drift, examine
+from flowalign.evaluate import Exam, Outcome, examine
 from flowalign.fit import check_gradients, check_settings, fit
 from flowalign.folder import Folder
 from flowalign.ledger import Ledger
 from flowalign.methods.base import Training
+from flowalign.monitor import Checker
 from flowalign.policy import Policy, Weights
 from flowalign.prepare import prepare
 from flowalign.recipe import Recipe
@@ -181,61 +182,6 @@ def _exam(run: Run, role: str, name: str, say: Bars) -> dict[str, Any]:
     return outcome.state_dict() | {"mark": exam.mark}
 
 
-def measure_drift(run: Run, exam: Exam, base: Outcome, role: str, limit: int = 64) -> float:
-    """Return how far a role's velocity field has moved from the base's, on samples of the base."""
-    shown = base.shown[:limit]
-    prompts = [exam.prompts[int(base.row[i])] for i in shown]
-    return drift(
-        run.job.judged,
-        run.other,
-        [p.text for p in prompts],
-        [p.meta for p in prompts],
-        base.x0[:limit],
-        role,
-        exam.seed,
-    )
-
-
-class Checker:
-    """Small evaluations while training, compared with the base's."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.exam = run, run.job.check
-        if self.exam is not None:
-            self.base = Outcome.recall(run.folder.remember("check.pt", lambda: self._look("reference").state_dict()))
-            if not run.folder.lines("checks.jsonl"):
-                self.write(0, self.base, "reference")
-
-    def __call__(self, iteration: int) -> None:
-        """Look, if it is time."""
-        every = self.run.job.config.evaluation.every
-        if self.exam is None or iteration % every:
-            return
-        began = time.perf_counter()
-        self.write(iteration, self._look(self.run.role), self.run.role)
-        seconds = self.run.seconds
-        seconds["checks"] = seconds.get("checks", 0.0) + time.perf_counter() - began
-
-    def _look(self, role: str) -> Outcome:
-        assert self.exam is not None
-        job = self.run.job
-        return examine(job.judged, self.run.other, job.judge, self.exam, role=role, layouts=job.layouts)
-
-    def write(self, iteration: int, outcome: Outcome, role: str) -> None:
-        assert self.exam is not None
-        ledger = self.run.policy.ledger
-        record: dict[str, Any] = {
-            "iteration": iteration,
-            "seconds": ledger.seconds,
-            "evaluations": ledger.evaluations,
-            "drift": measure_drift(self.run, self.exam, self.base, role) if iteration else 0.0,
-        }
-        for score in outcome.scores:
-            parts = compare(self.base, outcome, score)
-            record[score] = {c: p.to_dict() for c, p in parts.items()}
-        self.run.folder.append("checks.jsonl", record)
-
-
 # -- training --------------------------------------------------------------------------------------------------------
 def _learn(run: Run, say: Bars) -> bool:
     """Train to the end of the budget; return whether it was interrupted."""
@@ -243,12 +189,14 @@ def _learn(run: Run, say: Bars) -> bool:
     place = run.folder.path / CHECKPOINTS
     checker = Checker(run)
     at = _catch_up(run, place, checker)
+    if checker.ends(at):
+        return False
     with trackers(run) as log, patience() as interrupted:
         began = time.perf_counter()
 
         def asked() -> bool:
             late = config.max_wall is not None and time.perf_counter() - began >= config.max_wall
-            return late or interrupted()
+            return late or checker.ends() or interrupted()
 
         stream = fit(
             run.job.pipeline, run.job.scorer, run.job.source, run.recipe, o, policy=run.policy,

@@ -48,7 +48,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> dict[str, Any]:
     """Write ``summary.json`` and return it."""
-    from flowalign.run import measure_drift
+    from flowalign.monitor import marks, measure_drift
 
     config, ledger = run.job.config, run.policy.ledger
     lines = run.folder.lines("metrics.jsonl")
@@ -72,6 +72,7 @@ def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> 
         "commit": commit(),
         "prompts": {str(i): p.text for i, p in enumerate(run.job.exam.prompts)},
         "config": flatten(to_dict(config)),
+        "hacking": marks(run.folder.lines("checks.jsonl")),
     }
     if after is not None:
         summary["drift"] = measure_drift(run, run.job.exam, before, run.role)

@@ -88,7 +88,7 @@ def test_several_runs(folders: list[Folder], tmp_path: Path) -> None:
     path = write_report(folders, tmp_path / "both.html", labels=["One", "Two"], notes=["x", "y"], title="Both")
     text, reader = read(path)
     assert "<title>Both" in text and text.count("<th>One</th>") == text.count("<th>base</th>") == 2
-    assert len([s for s in reader.sources]) == 2 * 3 + 3  # two prompts, three strips each, three plots
+    assert len([s for s in reader.sources]) == 2 * 3 + 4  # two prompts, three strips each, four plots
     assert path.stat().st_size < 3_000_000
 
 
