@@ -55,8 +55,10 @@ class Collector:
         """Return the weighted sum of rewards under the recipe's ceiling, ``(B,)``."""
         return weighted(rewards, self.scorer.weights, self.recipe.restraint.ceiling)
 
-    def sample(self, draw: Draw, judge: Bound, iteration: int, tape: Tape | None = None) -> Trajectory:
-        """Roll out a draw."""
+    def sample(
+        self, draw: Draw, judge: Bound, iteration: int, tape: Tape | None = None, role: str | None = None
+    ) -> Trajectory:
+        """Roll out a draw, by the recipe's role unless another is named."""
         r = self.recipe
         for learner in r.learners:
             learner.enter(draw.prompts)
@@ -68,7 +70,7 @@ class Collector:
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
             value=None if r.value is None else r.value(lambda x, i: self.total(judge(x, i))), potential=r.potential,
-            select=r.select, tape=tape, role=r.role, keep=r.keep,
+            select=r.select, tape=tape, role=role or r.role, keep=r.keep,
         )  # fmt: skip
 
 

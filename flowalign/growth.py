@@ -19,17 +19,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from flowalign.gaussian import per_sample
 from flowalign.noise import Noise, mix
 from flowalign.objectives.backprop import Grown
 from flowalign.rollout import Tape
 from flowalign.source import Draw
-from flowalign.trajectory import Trajectory, ranks
+from flowalign.trajectory import Nodes, Trajectory, ranks
 
 if TYPE_CHECKING:
     from flowalign.collect import Collector
+    from flowalign.policy import Policy
+    from flowalign.process import Time
     from flowalign.scorer import Bound
 
-__all__ = ["Clean", "Growth", "clean_states", "data_states", "fresh_noise", "judged"]
+__all__ = [
+    "Clean",
+    "Growth",
+    "clean_states",
+    "cut",
+    "data_states",
+    "ends",
+    "fresh_noise",
+    "judged",
+    "recovered",
+    "rows_of",
+]
 
 Clean = Literal["samples", "data"]
 
@@ -50,11 +64,16 @@ class Growth(ABC):
         """
 
 
-def clean_states(collector: Collector, draw: Draw, judge: Bound, iteration: int, of: Clean) -> Trajectory | Tensor:
-    """Return the states that a growth starts from: a finished rollout without a graph, or ``(N, *)`` of the data."""
+def clean_states(collector: Collector, draw: Draw, judge: Bound, iteration: int, of: Clean) -> tuple[Tensor, Tensor]:
+    """Return the clean states ``(N, *)`` that a growth starts from, and their rows: samples without a graph, or data.
+
+    Raises:
+        ValueError: for ``data`` with a prompt that brings none.
+    """
     if of == "data":
-        return data_states(collector.pipeline, draw, judge.cond)
-    return collector.sample(draw, judge, iteration)
+        return data_states(collector.pipeline, draw, judge.cond), rows_of(draw)
+    leaves = collector.sample(draw, judge, iteration).leaves
+    return leaves.x.detach(), leaves.row
 
 
 def data_states(pipeline: Any, draw: Draw, cond: Any) -> Tensor:
@@ -97,8 +116,33 @@ def fresh_noise(collector: Collector, draw: Draw, iteration: int, purpose: int, 
 def judged(collector: Collector, judge: Bound, x: Tensor, row: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return the rewards of clean states by name and their weighted sum, with gradients."""
     with torch.enable_grad():
-        rewards = judge(x, row)
+        rewards = judge(x, row, learn=True)
         return rewards, collector.total(rewards)
+
+
+def recovered(
+    policy: Policy, x0: Tensor, noise: Tensor, t: Time, s: Time, cond: object, *, checkpoint: bool = False
+) -> Tensor:
+    """Noise ``x0 (B, *)`` to t, take one deterministic step to s, and return the x̂0 that the known noise leaves.
+
+    Args:
+        policy: the network; it keeps a graph where the mode allows.
+        x0: clean states.
+        noise: ``(B, *)``, the same before and after.
+        t: one time or ``(B,)``.
+        s: where the step goes, α_s > 0.
+        cond: of each sample.
+        checkpoint: recompute the network in the backward pass.
+    """
+    x = policy.process.diffuse(x0, t, noise)
+    p = policy.posterior(x, t, cond, checkpoint=checkpoint)
+    alpha, sigma = (per_sample(c, x) for c in policy.process(s))
+    return (alpha * p.x0 + sigma * p.eps - sigma * noise) / alpha
+
+
+def ends(x: Tensor, row: Tensor) -> Trajectory:
+    """Return a trajectory of finished samples alone, for a batch whose steps belong to no single grid."""
+    return Trajectory(torch.zeros(1, dtype=torch.float64), (Nodes.enter(x, row),), torch.zeros(int(row.max()) + 1))
 
 
 def cut(grid: Sequence[float] | Tensor, t: float) -> Tensor:
