@@ -4,16 +4,15 @@ Multistep solvers (UniPC, DPM++, DEIS, LMS, PNDM) keep what they saw before on t
 fresh copy of the solver as it was when the loop began; whatever the step changed on it becomes the ``carry``, tensors
 ``(B, ...)`` that the core may index when particles branch or are resampled.
 
-A stochastic solver's ``prev = mean + std · z`` is read off by letting its own draw be zero and then one, so DDPM,
-Euler-ancestral, LCM, SDE-DPM++ and the Brownian tree solvers have a mean, a std and a log-probability too.
+A stochastic solver's ``prev = mean + std · z`` is read off by letting its own draws be zero and then one
+(:mod:`~flowalign.pipelines.draws`), so DDPM, Euler-ancestral, LCM, SDE-DPM++ and the Brownian tree solvers have a mean,
+a std and a log-probability too.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from flowalign.gaussian import Gaussian, per_sample, work_dtype
 from flowalign.kernels import Kernel
+from flowalign.pipelines.draws import constant_draws
 from flowalign.pipelines.grid import Grid
 from flowalign.process import Posterior, Time
 
@@ -37,11 +37,16 @@ class Handover(Kernel):
 
     Args:
         adapter: whose solver; its grids must contain the steps taken.
+
+    Attributes:
+        coefficients: c_j of each draw of the last step; with the draws of a stock call they give its noise
+            (:func:`flowalign.pipelines.draws.combined`).
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self._noisy: dict[tuple[float, float], bool] = {}
+        self.coefficients: list[Tensor] = []
 
     def __call__(self, x: Tensor, posterior: Posterior, t: Time, s: Time, carry: Any = None) -> tuple[Gaussian, Any]:
         """Return the solver's law of ``x_s`` and its memory.
@@ -59,13 +64,14 @@ class Handover(Kernel):
             a, sigma = (per_sample(c, x) for c in posterior.process(t))
             x = a * posterior.x0 + sigma * posterior.eps
         solver = _restore(grid, index, carry)
-        mean, second, drew = self._step(solver, grid, index, raw, x, carry, 0.0)
-        std = x.new_zeros(())
-        if drew:
-            with torch.no_grad():
-                one, _, _ = self._step(_restore(grid, index, carry), grid, index, raw.detach(), x.detach(), carry, 1.0)
-            std = _common((one - mean).detach())
-        self._noisy[now, then] = drew
+        mean, second, drew = self._step(solver, grid, index, raw, x, carry, None)
+        found = []
+        with torch.no_grad():
+            for j in range(drew):
+                one, _, _ = self._step(_restore(grid, index, carry), grid, index, raw.detach(), x.detach(), carry, j)
+                found.append(_common(one - mean.detach()))
+        std = found[0].abs() if len(found) == 1 else sum((c.square() for c in found), x.new_zeros(())).sqrt()
+        self._noisy[now, then], self.coefficients = bool(drew), found
         return Gaussian(mean.to(work_dtype(mean)), std), _memory(solver, grid, second, len(x))
 
     def stochastic(self, t: float, s: float) -> bool:
@@ -77,8 +83,8 @@ class Handover(Kernel):
             x, raw = torch.zeros(1, *plan.shape), torch.zeros(1, *plan.shape)
             if plan.batched and len(plan.shapes) == 1:
                 raw = torch.zeros(1, *plan.outputs[1:])
-            _, _, drew = self._step(_restore(grid, index, None), grid, index, raw, x, None, 0.0)
-            self._noisy[key] = drew
+            _, _, drew = self._step(_restore(grid, index, None), grid, index, raw, x, None, None)
+            self._noisy[key] = bool(drew)
         return self._noisy[key]
 
     def _find(self, t: float, s: float) -> tuple[Grid, int]:
@@ -93,9 +99,9 @@ class Handover(Kernel):
         )
 
     def _step(
-        self, solver: Any, grid: Grid, index: int, raw: Tensor, x: Tensor, carry: Any, draw: float
-    ) -> tuple[Tensor, Any, bool]:
-        """Run one real step; return the next state, a second return value if there is one, and whether it drew."""
+        self, solver: Any, grid: Grid, index: int, raw: Tensor, x: Tensor, carry: Any, one: int | None
+    ) -> tuple[Tensor, Any, int]:
+        """Run one real step; return the next state, a second return value if there is one, and how often it drew."""
         parameters = inspect.signature(type(solver).step).parameters
         plan = self.adapter.known.any_plan()
         stamp = grid.timesteps[index]
@@ -109,10 +115,10 @@ class Handover(Kernel):
         if SECOND in parameters:
             arguments[SECOND] = None if carry is None else carry[-1]
             arguments["timestep_back"] = grid.timesteps[index - 1] if index else None
-        with drawing(solver, draw) as drew:
+        with constant_draws(solver, one) as drew:
             out = solver.step(**{k: v for k, v in arguments.items() if k in parameters})
         second = out[1] if len(out) > 1 and isinstance(out[1], Tensor) else None
-        return out[0], second if SECOND in parameters else None, bool(drew)
+        return out[0], second if SECOND in parameters else None, len(drew)
 
 
 def _one(t: Time) -> float:
@@ -188,41 +194,3 @@ def _common(std: Tensor) -> Tensor:
     if bool(((flat.double() - mean[:, None]).abs().amax(1) <= 1e-3 * mean.abs() + 1e-6).all()):
         return mean.to(std).reshape(-1, *[1] * (std.ndim - 1))
     return std
-
-
-@contextmanager
-def drawing(solver: Any, value: float) -> Iterator[list[int]]:
-    """Let every draw of a solver be a constant; the list has an entry per draw."""
-    drew: list[int] = []
-
-    def constant(
-        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
-    ) -> Tensor:
-        drew.append(1)
-        return torch.full(tuple(shape), value, device=device, dtype=dtype)
-
-    spaces: list[Mapping[str, Any]] = [
-        vars(inspect.getmodule(kind)) for kind in type(solver).__mro__ if kind is not object
-    ]
-    before = [(space, space["randn_tensor"]) for space in spaces if "randn_tensor" in space]
-    for space, _ in before:
-        space["randn_tensor"] = constant  # type: ignore[index]
-    if "noise_sampler" in vars(solver):  # Brownian trees: called with two sigmas, returns noise of the sample's shape
-        solver.noise_sampler = _Sampler(value, drew)
-    try:
-        yield drew
-    finally:
-        for space, old in before:
-            space["randn_tensor"] = old  # type: ignore[index]
-
-
-class _Sampler:
-    """Stands where a Brownian tree would."""
-
-    def __init__(self, value: float, drew: list[int]) -> None:
-        self.value, self.drew = value, drew
-
-    def __call__(self, *_: Any) -> Tensor:
-        """Return the constant, which broadcasts."""
-        self.drew.append(1)
-        return torch.tensor(self.value)

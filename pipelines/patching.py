@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["constant_noise", "swapped", "zeros"]
+__all__ = ["constant_noise", "replaced", "swapped", "zeros"]
 
 MISSING = object()
 
@@ -31,6 +31,19 @@ def swapped(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def replaced(spaces: Sequence[dict[str, Any]], name: str, value: Any) -> Iterator[None]:
+    """Set a name in those of the namespaces that have it."""
+    before = [(space, space[name]) for space in spaces if name in space]
+    for space, _ in before:
+        space[name] = value
+    try:
+        yield
+    finally:
+        for space, old in reversed(before):
+            space[name] = old
+
+
+@contextmanager
 def constant_noise(kind: type, extra: dict[str, Any], value: float | None) -> Iterator[None]:
     """Let ``randn_tensor`` in a pipeline's module return a constant; does nothing for None."""
     if value is None:
@@ -43,14 +56,8 @@ def constant_noise(kind: type, extra: dict[str, Any], value: float | None) -> It
     ) -> Tensor:
         return torch.full(tuple(shape), value, device=device, dtype=dtype)
 
-    before = [(space, space["randn_tensor"]) for space in spaces if "randn_tensor" in space]
-    for space, _ in before:
-        space["randn_tensor"] = constant
-    try:
+    with replaced(spaces, "randn_tensor", constant):
         yield
-    finally:
-        for space, old in reversed(before):
-            space["randn_tensor"] = old
 
 
 def zeros(tree: Any, recorded: int, batch: int) -> Any:

@@ -7,8 +7,8 @@
 
 Only linear layers are touched, and of a denoiser only frozen ones (``add_lora`` freezes them). Each option is refused
 where it would do nothing or is not installed, before any weight has changed; int4 packs groups of 128 weights and
-passes over narrower layers in silence, which is found out afterwards. To quantise while loading (bitsandbytes, quanto, GGUF),
-hand diffusers' own configuration to ``load(folder, quantization=...)``.
+passes over narrower layers in silence, which is found out afterwards. To quantise while
+loading (bitsandbytes, quanto, GGUF), hand diffusers' own configuration to ``load(folder, quantization=...)``.
 """
 
 from __future__ import annotations

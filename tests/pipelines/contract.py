@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ from flowalign.noise import Stream
 from flowalign.pipelines import Adapter, Handover, load
 from flowalign.pipelines import lora as lora_files
 from flowalign.pipelines.condition import Inputs
-from flowalign.pipelines.verdict import stock
+from flowalign.pipelines.verdict import noise_of, stock
 from flowalign.policy import Policy
 from flowalign.rollout import rollout
 from flowalign.trajectory import Nodes
@@ -46,6 +47,7 @@ class Subject:
     times: list[float]
     calls: list[Any] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
+    draws: list[list[Tensor]] = field(default_factory=list)
     media: Any = None
 
     @property
@@ -89,8 +91,8 @@ def subject(name: str, seed: int = 0, double: bool = False) -> Subject:
     verdict = adapter.examine(cond)
     assert verdict.status == "passes", verdict.reason
     times = adapter.times(steps, cond).tolist()
-    calls, results = stock(adapter, cond, steps)
-    return Subject(name, case, adapter, cond, steps, times, calls, results, pixels(adapter, cond, steps))
+    ran = stock(adapter, cond, steps)
+    return Subject(name, case, adapter, cond, steps, times, *ran, pixels(adapter, cond, steps))
 
 
 def pixels(adapter: Adapter, cond: Inputs, steps: int) -> Tensor:
@@ -112,31 +114,26 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().amax() / b.abs().amax().clamp_min(1e-30))
 
 
-def noises(s: Subject) -> list[Tensor] | None:
-    """What the solver of the stock call drew, step by step: read off from the means; None if it draws nothing."""
-    kernel = Handover(s.adapter)
-    return [] if any(kernel.stochastic(a, b) for a, b in zip(s.times[:-1], s.times[1:], strict=True)) else None
-
-
 def ode_rollout(s: Subject) -> float:
-    """(1) and (2): the free rollout of the core loop ends where ``pipe(...)`` ends."""
-    kernel, plan = Handover(s.adapter), s.plan
-    if noises(s) is None:
+    """(1) and (2): a free rollout ends where ``pipe(...)`` ends; of a stochastic solver, with the noise that it drew.
+
+    Without noise the rollout is the core's own loop.
+    """
+    kernel = Handover(s.adapter)
+    if not any(s.draws):
         trajectory = rollout(
             Policy(s.adapter), kernel, torch.tensor(s.times, dtype=torch.float64), Nodes.enter(s.begin()), s.cond,
             noise=Stream(torch.Generator()),
         )  # fmt: skip
-        worst = gap(trajectory.levels[-1].x, s.end().float())
+        end = trajectory.levels[-1].x
     else:
-        worst, carry, x = 0.0, None, s.begin()
-        for i, (t, u) in enumerate(zip(s.times[:-1], s.times[1:], strict=True)):
+        end, carry = s.begin(), None
+        for i, (t, u) in enumerate(itertools.pairwise(s.times)):
             with torch.no_grad():
-                law, carry = kernel(x, s.adapter.posterior(x, t, s.cond), t, u, carry)
-            out = plan.pack([s.results[i * plan.steps + k] for k in plan.captures], 1)
-            z = law.noise(out)  # what the stock solver must have drawn: a standard normal, and nothing else
-            assert float(z.abs().amax()) < 7, f"step {i}: the stock state is {float(z.abs().amax()):.3g} std away"
-            exact = law.mean + law.std * z
-            worst, x = max(worst, gap(exact, out)), out
+                law, carry = kernel(end, s.adapter.posterior(end, t, s.cond), t, u, carry)
+            assert kernel.stochastic(t, u) == bool(s.draws[i * s.plan.steps + s.plan.captures[0]])
+            end = law.mean + law.std * noise_of(s.adapter, kernel, law, s.draws, i)
+    worst = gap(end, s.end().float())
     assert worst < 1e-5, f"the rollout ends {worst:.2e} (relative) from the stock call"
     return worst
 
@@ -252,7 +249,7 @@ def lora_file(s: Subject) -> float:
     if "default" not in lora_files.adapters(next(iter(s.adapter.experts.values()))):
         for i, p in enumerate(s.adapter.add_lora(2, alpha=3.0)):
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p) * 0.05
-    _, results = stock(s.adapter, s.cond, s.steps)
+    results = stock(s.adapter, s.cond, s.steps).results
     other = build(s.name)
     prompt, meta, call = split(s.case.inputs)
     again = load(other.pipe, call, modality=other.modality, check=False)
@@ -266,7 +263,7 @@ def lora_file(s: Subject) -> float:
                 assert "text_encoder_2" in str(upstream)
         else:
             again.load_lora(Path(folder))
-    _, reloaded = stock(again, cond, s.steps)
+    reloaded = stock(again, cond, s.steps).results
     worst = max(gap(a, b) for a, b in zip(reloaded, results, strict=True))
     assert worst < 1e-6, f"reloaded LoRA gives latents {worst:.2e} away"
     assert max(gap(a, b) for a, b in zip(results, s.results, strict=True)) > 0, "the LoRA changes nothing"

@@ -23,7 +23,7 @@ def dressed(name):
 
 
 def latents(s):
-    return stock(s.adapter, s.cond, s.steps)[1][-1]
+    return stock(s.adapter, s.cond, s.steps).results[-1]
 
 
 def test_fresh_lora_changes_nothing_and_trains_alone():

@@ -82,6 +82,11 @@ BUILDERS: dict[str, Builder] = {
     "StableDiffusion3": lambda: sd3("StableDiffusion3", {}),
     "SD3_skip_layer": lambda: sd3("StableDiffusion3", {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.6}),
     "SD3_heun": lambda: sd3("StableDiffusion3", {}, scheduler=diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)),
+    "SD3_stochastic": lambda: sd3(
+        "StableDiffusion3",
+        {},
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+    ),
     "StableDiffusion3Img2Img": lambda: sd3("StableDiffusion3Img2Img", CHANGE),
     "StableDiffusion3Inpaint": lambda: sd3(
         "StableDiffusion3Inpaint",

@@ -68,9 +68,9 @@ def sd(name: str, inputs: dict[str, Any], **changed: Any) -> Case:
     return make(name, parts(**changed), inputs, "image", "stable_diffusion")
 
 
-def solved(solver: diffusers.SchedulerMixin) -> Case:
+def solved(solver: diffusers.SchedulerMixin, **more: float) -> Case:
     """Return Stable Diffusion with another solver, the ways of which the adapter must bear."""
-    return sd("StableDiffusion", TEXT | SIZE, scheduler=solver)
+    return sd("StableDiffusion", TEXT | SIZE | more, scheduler=solver)
 
 
 BUILDERS: dict[str, Builder] = {
@@ -81,7 +81,10 @@ BUILDERS: dict[str, Builder] = {
     "SD15_dpmpp_sde": lambda: solved(diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++")),
     "SD15_euler_ancestral": lambda: solved(diffusers.EulerAncestralDiscreteScheduler(**BETAS)),
     "SD15_heun": lambda: solved(diffusers.HeunDiscreteScheduler(**BETAS)),
-    "SD15_tcd": lambda: solved(diffusers.TCDScheduler(**BETAS)),
+    "SD15_tcd": lambda: solved(diffusers.TCDScheduler(**BETAS), eta=0.3),
+    "SD15_ddim_eta": lambda: solved(diffusers.DDIMScheduler(**BETAS, clip_sample=False), eta=0.8),
+    "SD15_dpm_sde": lambda: solved(diffusers.DPMSolverSDEScheduler(**BETAS)),
+    "SD15_lcm": lambda: solved(diffusers.LCMScheduler(**BETAS)),
     "SD15_unipc": lambda: solved(diffusers.UniPCMultistepScheduler(**BETAS)),
     "StableDiffusionImg2Img": lambda: sd("StableDiffusionImg2Img", TEXT | CHANGE),
     "StableDiffusionInpaint": lambda: sd(

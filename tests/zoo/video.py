@@ -42,9 +42,9 @@ def cogvideox_transformer(channels: int = 4, **extra: Any) -> diffusers.CogVideo
     )
 
 
-def cogvideox(channels: int = 4, **extra: Any) -> dict[str, Any]:
+def cogvideox(channels: int = 4, kind: Any = diffusers.CogVideoXDDIMScheduler, **extra: Any) -> dict[str, Any]:
     """Return the components of CogVideoX: v-prediction with zero terminal signal-to-noise ratio."""
-    solver = diffusers.CogVideoXDDIMScheduler(
+    solver = kind(
         **BETAS | {"beta_schedule": "scaled_linear"}, prediction_type="v_prediction", rescale_betas_zero_snr=True
     )
     transformer = cogvideox_transformer(channels)
@@ -113,6 +113,9 @@ def frames(count: int) -> dict[str, int]:
 
 BUILDERS: dict[str, Builder] = {
     "CogVideoX": lambda: make("CogVideoX", cogvideox(), TEXT | frames(9), "video", "cogvideox"),
+    "CogVideoX_dpm": lambda: make(
+        "CogVideoX", cogvideox(kind=diffusers.CogVideoXDPMScheduler), TEXT | frames(9), "video", "cogvideox", steps=4
+    ),
     "HunyuanVideo": lambda: make(
         "HunyuanVideo",
         hunyuan(),
