@@ -16,6 +16,7 @@ _HERE = "flowalign.methods."
 METHODS: dict[str, str] = {
     "adjoint-matching": _HERE + "adjoint_matching:AdjointMatching",
     "b2-diffurl": _HERE + "b2_diffurl:B2DiffuRL",
+    "beam": _HERE + "beam:Beam",
     "best-of-n": _HERE + "best_of_n:BestOfN",
     "dance-grpo": _HERE + "dance_grpo:DanceGRPO",
     "ddpo": _HERE + "ddpo:DDPO",
@@ -29,12 +30,15 @@ METHODS: dict[str, str] = {
     "g2rpo": _HERE + "g2rpo:G2RPO",
     "grpo-guard": _HERE + "grpo_guard:GRPOGuard",
     "mix-grpo": _HERE + "mix_grpo:MixGRPO",
+    "noise-search": _HERE + "noise_search:NoiseSearch",
+    "rbf": _HERE + "rbf:RBF",
     "rlcm": _HERE + "rlcm:RLCM",
     "rtb": _HERE + "rtb:RTB",
     "svdd": _HERE + "svdd:SVDD",
     "talk2move": _HERE + "talk2move:Talk2Move",
     "tp-grpo": _HERE + "tp_grpo:TPGRPO",
     "tree-grpo": _HERE + "tree_grpo:TreeGRPO",
+    "ttsnap": _HERE + "ttsnap:TTSnap",
 }
 """Name to ``module:Class``, a :class:`~flowalign.methods.base.Method`. One line per method, in alphabetical order."""
 
