@@ -62,6 +62,8 @@ class Collector:
         r = self.recipe
         for learner in r.learners:
             learner.enter(draw.prompts)
+        if r.search is not None:
+            return r.search(self, draw, judge, iteration)
         noise = Noise(mix(self.seed, iteration), draw.keys)
         times = r.grid(self.pipeline.times(self.steps))
         samples = torch.tensor([r.roots(n) for n in draw.samples.tolist()])

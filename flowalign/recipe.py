@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -25,13 +25,14 @@ from flowalign.potentials.base import Potential
 from flowalign.restraint import Restraint
 from flowalign.rollout import Tape
 from flowalign.selection.base import Selection
-from flowalign.trajectory import Transitions
+from flowalign.trajectory import Trajectory, Transitions
 from flowalign.values import Score, Value
 
 __all__ = ["Learner", "Recipe"]
 
 
 T = TypeVar("T")
+Search = Callable[[Any, Any, Any, int], Trajectory]  # (collector, draw, judge, iteration) -> leaves with weights
 
 
 def identity(x: T) -> T:
@@ -71,6 +72,7 @@ class Recipe:
         aggregate: how losses become one gradient.
         learners: what learns beside the policy.
         keep: keep posteriors and laws of the rollout (guarded ratios, penalties on taped states).
+        search: finds an iteration's samples, with their weights, in place of a rollout (a sampler that is distilled).
         restraint: reward ceiling, base samples mixed in, pre-training loss: the same for every method.
     """
 
@@ -97,6 +99,7 @@ class Recipe:
     learners: tuple[Learner, ...] = ()
     keep: bool = False
     restraint: Restraint = field(default_factory=Restraint)
+    search: Search | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
