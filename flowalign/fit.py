@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign import checkpoint
+from flowalign.adjoint import LeanAdjoint
 from flowalign.collect import Collector, collect
 from flowalign.experience import same
 from flowalign.keeper import Keeper
@@ -81,6 +82,9 @@ def fit(
     check_gradients(pipeline, scorer, recipe)
     check_processes(source, options, accelerator)
     policy.ledger = scorer.ledger
+    if recipe.objective.shaped:
+        first = source.draw(0, 1, options.size)
+        recipe.objective.prepare(tuple(pipeline.shape(pipeline.encode(first.prompts, first.meta))))
     trainer = Trainer(policy, parameters, recipe, source, options, accelerator, scorer.learners)
     if resume and folder is not None and (path := checkpoint.latest(folder)) is not None:
         trainer.load_state_dict(checkpoint.load(path))
@@ -189,20 +193,21 @@ def check_gradients(pipeline: Pipeline, scorer: Scorer, recipe: Recipe) -> None:
         ValueError: a method that differentiates the reward with one that gives no gradient; guidance in the adjoint;
             a ceiling where each reward has an advantage of its own.
     """
-    adjoint = recipe.credit is not None and recipe.credit.differentiates
+    asked = recipe.credit is not None and recipe.credit.differentiates
     blind = [name for name, r in scorer.rewards.items() if not r.card.differentiable]
-    if (adjoint or recipe.objective.wants == "grown") and blind:
+    if (asked or recipe.objective.wants == "grown") and blind:
         raise ValueError(
             f"this method differentiates the reward, and {', '.join(map(repr, blind))} gives no gradient (its card "
             "says differentiable=False). Take a differentiable reward (flowalign rewards marks them), or a method that "
             "only compares scores, e.g. diffusion-nft or flow-grpo."
         )
     guided = isinstance(pipeline, Guided) and pipeline.guided
-    if adjoint and (guided or recipe.guide is not None):
+    chained = isinstance(recipe.credit, LeanAdjoint) and recipe.credit.solver == "exact"
+    if chained and (guided or recipe.guide is not None):
         raise ValueError(
-            "guidance is on, and this method carries gradients back through the network: a guided network's Jacobian "
-            "is scaled up by the guidance at every step, and the adjoint blows up. Set guidance: false for training; "
-            "the result can be sampled with guidance."
+            "guidance is on, and this method carries gradients back through the chain: a guided network's Jacobian is "
+            "scaled up by the guidance at every step, and the adjoint blows up. Set guidance: false for training; the "
+            "result can be sampled with guidance."
         )
     if recipe.restraint.ceiling is not None and recipe.per_reward:
         raise ValueError(

@@ -31,12 +31,16 @@ class Objective(nn.Module, ABC):
     """
 
     wants: ClassVar[Wants]
+    shaped: ClassVar[bool] = False  # whether something in it depends on the shape of a state; see prepare
     times: TimeLaw = TimeLaw()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The policy roles that the loss evaluates besides ``current``."""
         return ()
+
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Hear the shape of one state before training, and make what depends on it; asked where ``shaped``."""
 
     @abstractmethod
     def forward(self, policy: Policy, batch: Any, cond: Any = None) -> Losses:
