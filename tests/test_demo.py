@@ -40,7 +40,7 @@ def summary(gain: float, se: float = 0.01, kept: float = 0.9, other: float = 0.0
 )
 def test_verdict(one: dict, two: dict, full: bool, wanted: list[bool]) -> None:
     """Each promise is kept or broken by its own figure; the hacked run promises nothing."""
-    found = verdict({"a": one, "b": two, "hacked": summary(0.4, kept=0.05, other=-0.2)}, full)
+    found = verdict({"a": one, "b": two, "hacked": summary(0.4, kept=0.05, other=-0.2)}, "count", full)
     assert list(found["promises"].values()) == wanted and found["focus"] == "count"
     assert found["runs"]["hacked"]["layouts_kept"] == 0.05
 

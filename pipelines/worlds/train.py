@@ -26,6 +26,7 @@ from flowalign.pipelines.worlds import store
 
 __all__ = ["Stage", "World", "train"]
 
+EVERY = 1000  # steps between checkpoints
 Loss = Callable[[Any, torch.Generator], Tensor]
 
 
@@ -41,6 +42,8 @@ class Stage:
         lr: peak learning rate.
         after: called with the pipeline when the averaged weights are in place.
         decay: of the averaged weights.
+        before: called with the pipeline when the stage begins, e.g. to keep a copy as a teacher. Such a stage is too
+            short for a checkpoint of its own (1,000 steps at most), so that a resumed run begins it again.
         until: share of the steps that are done; below 1 the next stage takes over before the cosine has fallen.
     """
 
@@ -52,6 +55,7 @@ class Stage:
     after: Callable[[Any, torch.Generator], None] | None = None
     decay: float = 0.999
     until: float = 1.0
+    before: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,9 @@ def train(
             )
 
         inner = state.get("inner") if state is not None and state["stage"] == i else None
+        if stage.before is not None:
+            assert inner is None and steps <= EVERY, f"stage {stage.name} is too long to begin again"
+            stage.before(pipe)
         last = _run(pipe, stage, steps, mixed(seed, i), device, inner, save)
         log["stages"][stage.name] = {
             "steps": _done(stage, steps),
@@ -187,7 +194,7 @@ def _run(
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - rate)
         if step % 50 == 0:
             recent[:] = [*recent[-9:], float(loss.detach())]
-        if (step + 1) % 1000 == 0 and step + 1 < steps:
+        if (step + 1) % EVERY == 0 and step + 1 < steps:
             save({"step": step + 1, "average": average, "optimizer": optimizer.state_dict()})
     _settle(modules, parameters, average)
     if stage.after is not None:

@@ -15,7 +15,7 @@ from flowalign.rewards import objects, shapes
 
 
 def test_captions_and_words_are_one():
-    assert len(set(map(str, captions()))) == len(captions()) == 18 + 54 + 1224 + 1530
+    assert len(set(map(str, captions()))) == len(captions()) == 18 + 54 + 720 + 1530
     assert all(parse(str(c)) == c for c in captions())
     assert {c.category for c in captions()} == set(CATEGORIES)
     assert max(c.total for c in captions()) == MAX_OBJECTS
