@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from flowalign.experience import Experience, same, weighted
+from flowalign.kernels import Kernel
 from flowalign.noise import START, Noise, mix
 from flowalign.objectives.backprop import Grown
 from flowalign.policy import Policy
@@ -16,6 +18,7 @@ from flowalign.protocols import Condition, Pipeline
 from flowalign.recipe import Recipe
 from flowalign.rollout import Tape, rollout
 from flowalign.scorer import Bound, Scorer
+from flowalign.selection import Fan
 from flowalign.source import Draw
 from flowalign.trajectory import Nodes, Trajectory, ranks
 
@@ -67,13 +70,23 @@ class Collector:
         noise = Noise(mix(self.seed, iteration), draw.keys)
         times = r.grid(self.pipeline.times(self.steps))
         samples = torch.tensor([r.roots(n) for n in draw.samples.tolist()])
+        select = r.select
+        if r.shared_noise and select is None:
+            # one start for a row: its samples part at the first step that draws noise, and share every call before
+            select = Fan(_first_noise(r.kernel, times.tolist()), tuple(samples.tolist()))
+            samples = torch.ones_like(samples)
         row = torch.arange(len(samples)).repeat_interleave(samples)
         start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=r.shared_noise)
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
             value=None if r.value is None else r.value(lambda x, i: self.total(judge(x, i))), potential=r.potential,
-            select=r.select, tape=tape, role=role or r.role, keep=r.keep,
+            select=select, tape=tape, role=role or r.role, keep=r.keep,
         )  # fmt: skip
+
+
+def _first_noise(kernel: Kernel, grid: list[float]) -> int:
+    """Return the first level whose step draws noise; the first of all where none does."""
+    return next((k for k, (t, s) in enumerate(pairwise(grid)) if kernel.stochastic(t, s)), 0)
 
 
 def enter(pipeline: Pipeline, cond: Condition, row: Tensor, noise: Noise, t: float, *, shared: bool = False) -> Nodes:

@@ -63,8 +63,17 @@ def minibatches(
     if not len(data):
         return []
     g = torch.Generator().manual_seed(mix(options.seed, iteration, 300 + update))
-    order = torch.randperm(len(data), generator=g)
+    order = _order(data, g)
     return [Minibatch(data[index], experience.cond) for index in order.split(options.batch)]
+
+
+def _order(data: Any, g: torch.Generator) -> Tensor:
+    """Return a random order; steps from one state stay together, since a batch asks the network once about each."""
+    shared = data.sources() if isinstance(data, Transitions) else None
+    if shared is None:
+        return torch.randperm(len(data), generator=g)
+    first, inverse = shared
+    return torch.randperm(len(first), generator=g)[inverse].argsort(stable=True)
 
 
 def _wanted(recipe: Recipe, e: Experience, update: int) -> Any:

@@ -167,6 +167,7 @@ class Transitions:
         carry: the kernel's memory before the step.
         child: index of the node stepped to, at its level, ``(M,)``.
         target: clean states ``(M, *)`` that a supervised term pulls to, where a method has one.
+        parent: index of the node stepped from, at its level, ``(M,)``; None where nobody knows.
     """
 
     x: Tensor
@@ -181,10 +182,25 @@ class Transitions:
     carry: Any = None
     child: Tensor | None = None
     target: Tensor | None = None
+    parent: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of steps."""
         return len(self.row)
+
+    def sources(self) -> tuple[Tensor, Tensor] | None:
+        """Return the first step from each node ``(P,)`` and the number of each step's node in it ``(M,)``.
+
+        Siblings step from one state, about which the network need be asked once. None where all steps are from
+        different nodes, or nobody knows.
+        """
+        if self.parent is None or not len(self):
+            return None
+        key, inverse = torch.unique(self.level * (int(self.parent.max()) + 1) + self.parent, return_inverse=True)
+        if len(key) == len(self):
+            return None
+        first = torch.full((len(key),), len(self)).scatter_reduce(0, inverse, torch.arange(len(self)), "amin")
+        return first, inverse
 
     def __getitem__(self, index: Tensor) -> Transitions:
         """Select steps."""
@@ -318,6 +334,7 @@ class Trajectory:
                     mean=None if a.step is None else pick(a.step.mean, parent),
                     carry=pick(a.carry, parent),
                     child=kept,
+                    parent=parent,
                 )
             )
         if not parts:

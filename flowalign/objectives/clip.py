@@ -26,7 +26,7 @@ from flowalign.kernels import Kernel
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
 from flowalign.process import Posterior
-from flowalign.trajectory import Transitions
+from flowalign.trajectory import Transitions, pick
 
 __all__ = ["Clip"]
 
@@ -74,8 +74,7 @@ class Clip(Objective):
 
     def forward(self, policy: Policy, batch: Transitions, cond: Any = None) -> Losses:
         """Return ``policy`` and ``kl`` losses of a minibatch of steps with advantages."""
-        known = None if cond is None else cond[batch.row]
-        posterior = policy.posterior(batch.x, batch.t, known)
+        posterior = self._posterior(policy, batch, cond)
         law, _ = self.kernel(batch.x, posterior, batch.t, batch.s, batch.carry)
         log_ratio = self.log_ratio(law, batch)
         ratio = log_ratio.exp()
@@ -91,10 +90,18 @@ class Clip(Objective):
             need = torch.sigmoid(-batch.weight.to(pull).reshape(len(batch), -1).mean(1))
             terms["supervised"] = self.supervised * (need * pull).mean()
         if self.kl:
-            kl = self._kl(policy, posterior, law, batch, known)
+            kl = self._kl(policy, posterior, law, batch, cond)
             terms["kl"] = self.kl * kl.mean()
             metrics["kl"] = summary(kl)
         return Losses(terms, metrics)
+
+    def _posterior(self, policy: Policy, batch: Transitions, cond: Any, role: str = "current") -> Posterior:
+        """Ask the network once about each state; siblings of a tree or of a shared start step from the same one."""
+        shared = batch.sources()
+        first, inverse = (None, None) if shared is None else shared
+        x, t, row = (v if first is None else pick(v, first) for v in (batch.x, batch.t, batch.row))
+        posterior = policy.posterior(x, t, None if cond is None else cond[row], role)
+        return posterior if inverse is None else posterior[inverse]
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         """Return ``max(-A ρ, -A clip(ρ))``, ``(M, C)``, of ratios ``(M,)`` and advantages ``(M, C)``."""
@@ -122,7 +129,7 @@ class Clip(Objective):
         return (delta / dims + bias) * variance.sqrt()
 
     def _kl(self, policy: Policy, posterior: Posterior, law: Gaussian, batch: Transitions, cond: Any) -> Tensor:
-        ref = policy.posterior(batch.x, batch.t, cond, "reference")
+        ref = self._posterior(policy, batch, cond, "reference")
         dims = batch.x[0].numel()
         if self.kl_scale == "velocity":
             return sum_dims((posterior.velocity - ref.velocity) ** 2) / dims

@@ -5,8 +5,8 @@ parent, the log-weights that the children carry on, and what each row's ``log Z`
 """
 
 from flowalign.selection.base import Chosen, Selection
-from flowalign.selection.branch import Branch
+from flowalign.selection.branch import Branch, Fan
 from flowalign.selection.resample import SCHEMES, Resample
 from flowalign.selection.top import Top
 
-__all__ = ["SCHEMES", "Branch", "Chosen", "Resample", "Selection", "Top"]
+__all__ = ["SCHEMES", "Branch", "Chosen", "Fan", "Resample", "Selection", "Top"]

@@ -1,4 +1,4 @@
-"""Branching: every node has ``width`` children at the given levels (BranchGRPO, TreeGRPO, G²RPO, B²-DiffuRL)."""
+"""Branching: every node has so many children at the given levels (BranchGRPO, TreeGRPO, G²RPO, B²-DiffuRL)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.noise import NoiseSource
 from flowalign.selection.base import Chosen, Selection
 
-__all__ = ["Branch"]
+__all__ = ["Branch", "Fan"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,23 @@ class Branch(Selection):
             return None
         parents = torch.arange(len(row)).repeat_interleave(width)
         return Chosen(parents, log_w.repeat_interleave(width), log_w.new_zeros(n_rows))
+
+
+@dataclass(frozen=True)
+class Fan(Selection):
+    """Every node of row r has ``widths[r]`` children at one level: samples that share their start part there.
+
+    Attributes:
+        level: where.
+        widths: children by row.
+    """
+
+    level: int
+    widths: tuple[int, ...]
+
+    def __call__(self, level: int, log_w: Tensor, row: Tensor, n_rows: int, noise: NoiseSource) -> Chosen | None:
+        """Repeat each node as its row asks."""
+        if level != self.level:
+            return None
+        parents = torch.arange(len(row)).repeat_interleave(torch.tensor(self.widths)[row])
+        return Chosen(parents, log_w[parents.to(log_w.device)], log_w.new_zeros(n_rows))
