@@ -143,11 +143,11 @@ def build(config: RunConfig) -> Job:
     _check_names(config.reward, e.rewards or "", facts.judge if facts is not None else "")
     device = pick_device(config.device)
     pipeline, judged = open_pipeline(config.pipeline, config.call, [config.guidance, e.guidance], device)
-    plain = _terms(config.reward, device)
+    plain = open_rewards(config.reward, device)
     rewards = {n: (Shuffled(r, config.fit.seed) if config.permute else r) for n, r in plain.items()}
-    weights = {k: w for k, (_, w) in _parsed(config.reward).items()}
+    weights = reward_weights(config.reward)
     judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
-    judges = _terms(judge_spec, device) if judge_spec else plain
+    judges = open_rewards(judge_spec, device) if judge_spec else plain
     steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
@@ -225,11 +225,16 @@ def _parsed(spec: str) -> dict[str, tuple[str, float]]:
     return out
 
 
-def _terms(spec: str, device: torch.device) -> dict[str, Reward]:
-    """Return the rewards of a specification, each by itself."""
+def open_rewards(spec: str, device: torch.device) -> dict[str, Reward]:
+    """Return the rewards of a specification, each by itself and without its weight."""
     from flowalign import rewards
 
     return {name: rewards.load(one, device=device) for name, (one, _) in _parsed(spec).items()}
+
+
+def reward_weights(spec: str) -> dict[str, float]:
+    """Return the weight of each reward of a specification, under the names of :func:`open_rewards`."""
+    return {name: weight for name, (_, weight) in _parsed(spec).items()}
 
 
 def open_reward(spec: str, device: str = "auto") -> Reward:
@@ -287,8 +292,8 @@ def open_parts(config: SteerConfig) -> tuple[Pipeline, Scorer, list[Prompt], Pol
     _check_names(config.reward)
     device = pick_device(config.device)
     generator = open_pipeline(config.pipeline, config.call, [config.guidance], device)[0]
-    weights = {k: w for k, (_, w) in _parsed(config.reward).items()}
-    scorer = Scorer(generator, _terms(config.reward, device), weights)
+    weights = reward_weights(config.reward)
+    scorer = Scorer(generator, open_rewards(config.reward, device), weights)
     policy = Policy(generator, context=run_context(config.precision, device))
     return generator, scorer, prompts[: config.limit], policy
 

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ HELP = """flowalign: align diffusion and flow-matching generators with reward mo
   flowalign demo                          align a little text-to-image model by two methods, and look: 12 minutes
   flowalign train METHOD [options]        fine-tune a generator on a reward
   flowalign steer METHOD [options]        search a frozen generator's samples
-  flowalign score REWARD FILES...         what a reward says of images
-  flowalign evaluate FOLDER [options]     judge a run's result once more, or a pipeline
+  flowalign score IMAGES --reward SPEC    what rewards say of pictures
+  flowalign evaluate FOLDER [options]     judge a run's result once more, or several models side by side
   flowalign report FOLDER...              write report.html of one run, or of several side by side
   flowalign methods | rewards | pipelines what there is
   flowalign serve REWARD                  a reward behind HTTP
@@ -323,36 +323,6 @@ def cite(args: list[str]) -> None:
         print(resolve(name).reference, "\n")
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What a reward says of pictures.
-
-    Attributes:
-        prompt: what they were to show; else each picture's prompt is looked for in a text file beside it.
-        device: where networks run.
-        json: print JSON lines.
-    """
-
-    prompt: str | None = None
-    device: str = "auto"
-    json: bool = False
-
-
-def score(args: list[str]) -> None:
-    """``flowalign score REWARD FILES... [options]``."""
-    from flowalign.score import run
-
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: flowalign score REWARD FILES... [--prompt TEXT] [--device NAME] [--json]")
-        return
-    cut = next((i for i, a in enumerate(args) if a.startswith("--")), len(args))
-    options = parse(ScoreOptions, args[cut:], ScoreOptions(), "flowalign score REWARD FILES...")
-    if cut < 2:
-        raise ValueError("name a reward and at least one file: flowalign score REWARD FILES...")
-    for line in run(args[0], [Path(a) for a in args[1:cut]], options.prompt, options.device):
-        print(json.dumps(line) if options.json else f"{line['score']:10.4f}  {line['file']}  {line['prompt']}")
-
-
 def _later(module: str, function: str = "main") -> Callable[[list[str]], None]:
     """Return a command that lives in another module and is imported when it is asked for."""
 
@@ -368,7 +338,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "train": train,
     "steer": steer,
-    "score": score,
+    "score": _later("flowalign.score"),
     "evaluate": _later("flowalign.judge_run"),
     "report": report,
     "pipelines": pipelines,

@@ -2,6 +2,7 @@
 
 flowalign evaluate runs/first                  the saved result, on the exam of its run: does it reproduce?
 flowalign evaluate --base --pipeline shapes    a base model by category; before.pt can be reused by further runs
+flowalign evaluate --models A B --rewards ...  several models, prompts and rewards side by side (:mod:`flowalign.panel`)
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ __all__ = ["BaseOptions", "again", "base", "main"]
 
 USAGE = """usage: flowalign evaluate FOLDER
        flowalign evaluate --base [--pipeline NAME] [--reward NAME] [--output FOLDER] [--evaluation.images N] ...
+       flowalign evaluate --models MODEL ... --rewards SPEC [--prompts FILE] [--images N] [--output FOLDER] ...
+
+Models are demo worlds, folders, hub ids or runs; all are judged by all rewards on the same prompts and noises, with
+95 % intervals, paired differences to the first, and a gallery. flowalign evaluate --models --help lists every option.
 
 FOLDER is that of a training run: its result is loaded from the saved files and judged on the same prompts and noises.
 """
@@ -61,6 +66,12 @@ def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         say(USAGE)
         return
+    if any(a == "--models" or a.startswith("--models=") for a in args):
+        from flowalign.panel import PanelOptions, run, table
+
+        options = parse(PanelOptions, _without_bare(args), PanelOptions(), "flowalign evaluate --models")
+        say(f"{table(run(options))}\n\n{options.output}/gallery.html")
+        return
     if flag(args, "--base"):
         found = base(parse(BaseOptions, args, BaseOptions(), "flowalign evaluate --base"))
     elif len(args) == 1:
@@ -68,6 +79,11 @@ def main(args: list[str]) -> None:
     else:
         raise ValueError(f"evaluate takes one folder, or --base with options; got {args}.")
     say(json.dumps(found["accuracy"], indent=2))
+
+
+def _without_bare(args: list[str]) -> list[str]:
+    """Return the arguments without a ``--models`` that names none: only help was asked for."""
+    return [a for i, a in enumerate(args) if a != "--models" or not args[i + 1 : i + 2] or args[i + 1][0] != "-"]
 
 
 def base(options: BaseOptions) -> dict[str, Any]:

@@ -29,6 +29,9 @@ def pipeline() -> Saved:
     return Saved()
 
 
+sizes: list[int] = []  # of the batches that a test's reward was asked about
+
+
 def quadrant(media: Tensor, prompts: Sequence[str]) -> Tensor:
     """Name the brightest of the four pixels: the toy's layout."""
     return media.mean(1).flatten(1).argmax(1)

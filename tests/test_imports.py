@@ -23,8 +23,8 @@ CORE = (
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
 JOINTS = {
-    "__init__", "__main__", "build", "cli", "judge_run", "layouts", "loading", "methods", "report", "run", "serve",
-    "steer",
+    "__init__", "__main__", "build", "cli", "judge_run", "layouts", "loading", "methods", "panel", "report", "run",
+    "score", "serve", "steer",
 }  # fmt: skip
 
 
