@@ -283,7 +283,9 @@ class Adapter:
             x: ``(B, *shape)``.
             cond: B rows.
             chunk: samples decoded at a time; all when None.
-            frames: of a video, which to return (the clip is decoded whole, then picked from).
+            frames: of a video, which to return, negative ones from the end; only the latents that they need are
+                decoded, which of a causal autoencoder is everything up to the last of them
+                (:mod:`flowalign.pipelines.frames`).
             checkpoint: recompute the decoder in the backward pass.
         """
         self._check(x, cond)

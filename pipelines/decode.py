@@ -11,73 +11,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
+from flowalign.pipelines.frames import Decode, Layout, choose, read_sketch, sketching
 from flowalign.pipelines.latents import Unpacking, encode_media, learn_unpacking
 from flowalign.pipelines.patching import swapped
 from flowalign.pipelines.session import Halt, Visit
+from flowalign.pipelines.straight import StraightThrough
 from flowalign.protocols import check_media
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
     from flowalign.pipelines.condition import Inputs
 
-__all__ = ["Decoder", "StraightThrough"]
+__all__ = ["Decoder"]
 
 AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
-RANGES = ((0.0, 1.0), (-1.0, 1.0), (0, 1), (-1, 1))
-
-
-class _Clamp(torch.autograd.Function):
-    """Clamp forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
-
-
-INPLACE: dict[str, Callable[..., Tensor]] = {
-    "__iadd__": torch.add,
-    "__isub__": torch.sub,
-    "__imul__": torch.mul,
-    "__idiv__": torch.div,
-    "__itruediv__": torch.div,
-}
-
-
-class StraightThrough(TorchFunctionMode):
-    """Within it, ``clamp`` to [0, 1] or [-1, 1] has the gradient of the identity; the values are the same.
-
-    Pipelines also write into their latents after the loop, as nobody was to differentiate them (Kandinsky 5, Marigold):
-    augmented assignments become new tensors, and slices become copies, so that what backward has saved stays.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Replace clamps of media range."""
-        kwargs = kwargs or {}
-        if func in (torch.clamp, Tensor.clamp, Tensor.clamp_, torch.clip, Tensor.clip) and args[0].requires_grad:
-            low = args[1] if len(args) > 1 else kwargs.get("min")
-            high = args[2] if len(args) > 2 else kwargs.get("max")
-            if not isinstance(low, Tensor) and not isinstance(high, Tensor) and (low, high) in RANGES:
-                return _Clamp.apply(args[0], low, high)
-        name = getattr(func, "__name__", "")
-        if name in INPLACE and isinstance(args[0], Tensor) and args[0].requires_grad:
-            return INPLACE[name](*args)
-        out = func(*args, **kwargs)
-        if name == "__getitem__" and isinstance(out, Tensor) and out.requires_grad:
-            return out.clone()
-        return out
 
 
 class Decoder:
@@ -88,27 +42,62 @@ class Decoder:
         self.ways: dict[Any, str] = {}
         self.unpackings: dict[Any, Unpacking] = {}
         self.unscaled: dict[Any, bool] = {}
+        self.layouts: dict[Any, Layout] = {}
 
     def __call__(
         self, x: Tensor, cond: Inputs, *, chunk: int | None, frames: Sequence[int] | None, checkpoint: bool
     ) -> Tensor:
         """Return media of ``x``."""
+        decode, picked = self._decode, None
+        if frames is not None:
+            layout = self._layout(x[:1], cond[torch.tensor([0])])
+            picked = _picked(frames, layout.count)
+            if layout.source is not None:
+                decode = functools.partial(self._chosen, layout=layout, wanted=[layout.source[f] for f in picked])
+                chunk = 1 if layout.folded else chunk
         parts: list[Tensor] = []
         for group in self.adapter.batching.calls(cond):
             for i in range(0, len(group), chunk or len(group)):
                 index = torch.tensor(group[i : i + (chunk or len(group))])
                 piece, rows = x[index.to(x.device)], cond[index]
                 if checkpoint and torch.is_grad_enabled():
-                    parts.append(
-                        run_checkpointed(functools.partial(self._decode, cond=rows), piece, use_reentrant=False)
-                    )
+                    parts.append(run_checkpointed(functools.partial(decode, cond=rows), piece, use_reentrant=False))
                 else:
-                    parts.append(self._decode(piece, rows))
+                    parts.append(decode(piece, cond=rows))
         media = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if picked is not None:
+            media = media[:, torch.as_tensor(picked, device=media.device)]
         self._finite(media, x)
-        if frames is not None:
-            media = media[:, torch.as_tensor(list(frames), device=media.device)]
         return media
+
+    def _layout(self, x: Tensor, cond: Inputs) -> Layout:
+        """Return how this kind of call lays out its frames; sketched once, at the cost of a small patch.
+
+        Raises:
+            ValueError: for what is no video.
+        """
+        if self.adapter.modality != "video":
+            raise ValueError(
+                f"frames can be chosen of a video; {type(self.adapter.pipe).__name__} makes {self.adapter.modality}."
+            )
+        key = (cond.rows[0].kind, cond.guided)
+        if key not in self.layouts:
+            layout, calls = Layout(), list[int]()
+            with self._through(sketching(self._own(), layout, calls)):
+                media = self._decode(x, cond)
+            self.layouts[key] = read_sketch(layout, media, calls)
+        return self.layouts[key]
+
+    def _chosen(self, x: Tensor, cond: Inputs, layout: Layout, wanted: Sequence[int]) -> Tensor:
+        with self._through(choose(self._own(), layout, wanted)):
+            return self._decode(x, cond)
+
+    def _own(self) -> Decode:
+        own: Decode = self._vae().decode
+        return own
+
+    def _through(self, decode: Decode) -> AbstractContextManager[None]:
+        return swapped(self._vae(), "decode", decode)
 
     def _finite(self, media: Tensor, x: Tensor) -> None:
         """Refuse what a half-precision autoencoder has overflowed on; looked at where that costs no synchronisation."""
@@ -128,14 +117,16 @@ class Decoder:
     def _decode(self, x: Tensor, cond: Inputs) -> Tensor:
         key = (cond.rows[0].kind, cond.guided)
         if key in self.ways:
-            return self._by(self.ways[key], x, cond)
+            media = self._by(self.ways[key], x, cond)
+            if _carries(media, x):
+                return media
         plan = self.adapter.known.plan(cond)
         candidates = ("zero", "step", "raw") if plan.way == "P" and not plan.settle else ("step", "raw")
         problems = []
         for way in candidates:
             try:
                 media = self._by(way, x, cond)
-                if not torch.is_grad_enabled() or media.requires_grad or not x.requires_grad:
+                if _carries(media, x):
                     self.ways[key] = way
                     return media
                 problems.append(f"{way}: pixels carry no gradient")
@@ -187,14 +178,14 @@ class Decoder:
 
     def _raw(self, x: Tensor, cond: Inputs) -> Tensor:
         """Stop at ``vae.decode`` and take what it returns."""
-        vae, caught = self._vae(), []
+        own, caught = self._own(), []
 
         def decode(*args: Any, **kwargs: Any) -> Any:
-            out = type(vae).decode(vae, *args, **kwargs)
+            out = own(*args, **kwargs)
             caught.append(out[0] if isinstance(out, tuple) else out.sample)
             raise Halt
 
-        with swapped(vae, "decode", decode):
+        with self._through(decode):
             self._session("zero" if self.adapter.known.plan(cond).way == "P" else "step", x, cond)
         if not caught:
             raise ValueError("vae.decode was never called")
@@ -278,3 +269,23 @@ class Decoder:
         except ValueError:
             folded[0] = 1 << 30  # frames may come folded into the batch, a chunk at a time: let all of them pass
             return learn_unpacking(prefix, plan.shape, like)
+
+
+def _carries(media: Tensor, x: Tensor) -> bool:
+    """Return whether pixels have the gradient that is wanted of them."""
+    return not torch.is_grad_enabled() or media.requires_grad or not x.requires_grad
+
+
+def _picked(frames: Sequence[int], count: int) -> list[int]:
+    """Return frame numbers from 0, those from the end too.
+
+    Raises:
+        ValueError: for none, or one that the clip does not have.
+    """
+    wrong = [f for f in frames if not -count <= f < count]
+    if not len(frames) or wrong:
+        raise ValueError(
+            f"frames must name at least one of the {count} frames of this clip, from 0 or from -1 backwards; got "
+            f"{list(frames)}."
+        )
+    return [f % count for f in frames]

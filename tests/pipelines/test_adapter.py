@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from flowalign.pipelines import load, verdict
 from flowalign.pipelines.verdict import stock
@@ -263,10 +264,6 @@ def test_chunks_and_checkpoints_decode_the_same(name):
     assert gap(parts, whole) < 1e-5
     a, b = (torch.autograd.grad(m.square().sum(), x)[0] for m in (whole, parts))
     assert gap(b, a) < 1e-3
-    if s.adapter.modality == "video":
-        assert torch.equal(
-            s.adapter.decode(s.end(), s.cond, frames=[2, 0]), s.adapter.decode(s.end(), s.cond)[:, [2, 0]]
-        )
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3", "Flux", "Wan", "QwenImage", "LTX"])
@@ -292,3 +289,70 @@ def test_way_in_inverts_the_way_out(name):
     assert gap(seen[-1].reshape(-1), vae.encode(pixels).latent_dist.mode().reshape(-1)) < 1e-5
     with pytest.raises(ValueError, match="must"):
         s.adapter.latents(media * 3, s.cond)
+
+
+# -- chosen frames -----------------------------------------------------------------------------------------------
+def cost(run):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+# frames of the clip, the latents that some of them need (None where frames are rows of a batch), and what that saves
+CLIPS = {
+    "Wan": (21, {0: 1, 1: 2, 10: 4, 20: 6}, 0.7),  # causal: a prefix
+    "Mochi": (19, {0: 1, 9: 3, 18: 4}, 0.8),
+    "LTX": (49, {0: 11, 48: 13}, 0.9),  # looks both ways
+    "HunyuanVideo": (9, {0: 3, 8: 3}, 1.0),  # its group norms run over the whole clip
+    "AnimateDiff": (None, None, 0.4),  # frame by frame
+    "StableVideoDiffusion": (None, None, 1.0),  # is told the number of frames
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_chosen_frames_are_those_of_the_whole_clip_for_less(name):
+    count, needs, share = CLIPS[name]
+    _, adapter, prompt, meta = wrap(name, **({} if count is None else {"num_frames": count}))
+    cond = adapter.encode([prompt], [meta])
+    x = torch.randn(1, *adapter.shape(cond), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = adapter.decode(x, cond)
+        last = whole.shape[1] - 1
+        for k in needs or (0, 1):
+            assert gap(adapter.decode(x, cond, frames=[k]), whole[:, [k]]) < 1e-5
+        assert gap(adapter.decode(x, cond, frames=[-1, 0]), whole[:, [last, 0]]) < 1e-5
+    found = adapter.decoder.layouts[cond.rows[0].kind, True].needs
+    assert needs is None or {k: found[k] for k in needs} == needs
+    middle = sorted(needs)[(len(needs) - 1) // 2] if needs else 1
+    spent = cost(lambda: adapter.decode(x, cond, frames=[middle])) / cost(lambda: adapter.decode(x, cond))
+    assert spent <= share
+
+
+def test_chosen_frames_pass_their_gradient_and_no_other():
+    _, adapter, prompt, meta = wrap("Wan", num_frames=9)
+    cond = adapter.encode([prompt, prompt], [meta, meta])
+    x = torch.randn(2, *adapter.shape(cond), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    want = torch.autograd.grad(adapter.decode(x, cond)[:, [3]].square().sum(), x)[0]
+    for checkpoint in (False, True):
+        media = adapter.decode(x, cond, frames=[3], chunk=1, checkpoint=checkpoint)
+        gradient = torch.autograd.grad(media.square().sum(), x)[0]
+        assert gap(gradient, want) < 1e-3
+        assert gradient[:, :, :2].abs().sum() > 0 and gradient[:, :, 2].abs().sum() == 0
+
+
+def test_frames_that_the_clip_does_not_have(sd3):
+    s = subject("Wan")
+    for frames in ([], [5], [-6]):
+        with pytest.raises(ValueError, match="one of the 5 frames"):
+            s.adapter.decode(s.end(), s.cond, frames=frames)
+    with pytest.raises(ValueError, match="frames can be chosen of a video"):
+        sd3.adapter.decode(sd3.end(), sd3.cond, frames=[0])
+
+
+def test_decoding_without_gradients_first_does_not_lose_them(sd3, monkeypatch):
+    with torch.no_grad():
+        sd3.adapter.decode(sd3.end(), sd3.cond)
+    by = sd3.adapter.decoder._by
+    blind = lambda way, x, cond: by(way, x, cond).detach() if way == "zero" else by(way, x, cond)  # noqa: E731
+    monkeypatch.setattr(sd3.adapter.decoder, "_by", blind)
+    assert sd3.adapter.decode(sd3.end().requires_grad_(), sd3.cond).requires_grad
