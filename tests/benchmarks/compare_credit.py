@@ -83,9 +83,9 @@ WORLDS = {
         {
             "pipeline": "tests.benchmarks.credit_toy:pipeline", "reward": "tests.benchmarks.credit_toy:Over",
             "prompts": "tests/benchmarks/credit_toy.txt", "device": "cpu", "lora": None,
-            "fit": {"groups": 4, "size": 16, "steps": 6, "batch": 96, "weight_decay": 0.0, "warmup": 0},
+            "fit": {"groups": 4, "size": 16, "steps": 6, "batch": 96, "lr": 3e-3, "weight_decay": 0.0, "warmup": 0},
         },
-        12_000, 2.0, 500,
+        12_000, 1.0, 400,
         {
             **CLIP, "g2rpo": {"levels": (0, 1, 2, 3), "width": 16, "clip": 1e-2},
             "grpo-guard": {"clip": 1e-3}, "dense-grpo": {"clip": 1e-2, "rounds": 3},
