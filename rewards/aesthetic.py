@@ -52,7 +52,7 @@ class Aesthetic(Judge):
         "how pleasing a picture is, no prompt",
         differentiable=True,
         range=(1.0, 10.0),
-        licence="Apache-2.0",
+        licence="Apache-2.0 (the head's origin; the mirror names none)",
         weights="trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
         reference="github.com/christophschuhmann/improved-aesthetic-predictor",
     )

@@ -62,7 +62,7 @@ class Clap(Judge):
         modality=("audio",),
         differentiable=True,
         range=(-0.2, 0.8),
-        licence="see the hub page",
+        licence="Apache-2.0",
         weights="laion/clap-htsat-unfused",
         text=77,
         reference="Wu et al., arXiv 2211.06687",

@@ -67,7 +67,7 @@ class HPS3(Judge):
         "human preference, mean of a Gaussian; a 7B judge",
         differentiable=True,
         range=(-5.0, 15.0),
-        licence="MIT (code); weights: see the hub page",
+        licence="MIT (code); weights: not verified",
         weights="MizzenAI/HPSv3:HPSv3.safetensors",
         text=32768,
         reference="arXiv:2508.03789",

@@ -20,16 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowalign.rewards.blobs import COLOURS
+
 __all__ = ["HUES", "SHAPES", "Objects", "find_objects"]
 
-HUES = {
-    "red": (0.90, 0.15, 0.15),
-    "green": (0.15, 0.80, 0.20),
-    "blue": (0.20, 0.30, 0.95),
-    "yellow": (0.95, 0.85, 0.15),
-    "cyan": (0.15, 0.85, 0.90),
-    "magenta": (0.90, 0.20, 0.85),
-}
+HUES = COLOURS  # the same six, seen here through their chroma
 SHAPES = ("circle", "square", "triangle")
 CHROMA = 0.33  # half the chroma of a typical object: the cut runs along its edge
 LEAST = 8.0  # pixels; drawn objects have 18 or more

@@ -38,7 +38,7 @@ class PickScore(TwoTower):
         "human preference for a picture given its prompt",
         differentiable=True,
         range=(16.0, 26.0),
-        licence="MIT",
+        licence="MIT (code); weights: not verified",
         weights="yuvalkirstain/PickScore_v1",
         text=77,
         reference="arXiv:2305.01569",

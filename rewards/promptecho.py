@@ -38,15 +38,15 @@ class PromptEcho(Judge):
         summary="mean log-probability of the prompt's tokens given the picture, under a vision-language model",
         differentiable=True,
         range=(-8.0, 0.0),
-        licence="of the model chosen; the default's: see the hub page",
-        weights="Qwen/Qwen2.5-VL-3B-Instruct",
+        licence="of the model chosen; the default's: Apache-2.0",
+        weights="Qwen/Qwen2.5-VL-7B-Instruct",
         text=32768,
         reference="PromptEcho, arXiv 2604.12652",
     )
 
     def __init__(
         self,
-        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-3B-Instruct",
+        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-7B-Instruct",
         *,
         instruction: str = "Describe this image in detail.",
         dtype: torch.dtype = torch.bfloat16,

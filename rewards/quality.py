@@ -54,7 +54,7 @@ class FullReference(Judge):
         "closeness to a reference picture (psnr, ssim, ms-ssim, vif, uqi, lpips)",
         differentiable=True,
         range=(-1.0, 50.0),
-        licence="BSD-3 (LPIPS's backbone)",
+        licence="BSD-3 (torchvision code), BSD-2 (LPIPS's weights, not verified)",
         weights="torchvision alexnet, for lpips",
         reference="torchmetrics",
     )

@@ -54,15 +54,15 @@ class RewardDance(Judge):
         summary='probability of "yes" to "is it better than the reference?" under a vision-language model',
         differentiable=True,
         range=(0.0, 1.0),
-        licence="of the model chosen; the default's: see the hub page",
-        weights="Qwen/Qwen2.5-VL-3B-Instruct",
+        licence="of the model chosen; the default's: Apache-2.0",
+        weights="Qwen/Qwen2.5-VL-7B-Instruct",
         text=32768,
         reference="Wu et al., arXiv 2509.08826",
     )
 
     def __init__(
         self,
-        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-3B-Instruct",
+        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-7B-Instruct",
         *,
         instruction: str = "how well it shows the prompt and how good it looks",
         reasoning: int = 0,

@@ -26,9 +26,11 @@ from flowalign.protocols import Card, Meta, Modality
 from flowalign.rewards.base import Judge, field
 from flowalign.rewards.set_distances import frechet, mmd2, moments, symmetric_root, vendi
 
-__all__ = ["FrechetSet", "MMDSet", "SetReward", "VendiSet", "colours"]
+__all__ = ["ExemplarSet", "FrechetSet", "MMDSet", "SetReward", "VendiSet", "colours"]
 
 Features = Callable[[Tensor], Tensor]
+Credit = Literal["leave_one_out", "broadcast"]
+By = Literal["batch", "prompt"]
 
 
 def colours(media: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ class SetReward(Judge, ABC):
         self,
         *,
         features: Features | None = None,
-        credit: Literal["leave_one_out", "broadcast"] = "leave_one_out",
-        by: Literal["batch", "prompt"] = "batch",
+        credit: Credit = "leave_one_out",
+        by: By = "batch",
         modality: Modality = "image",
     ) -> None:
         super().__init__()
@@ -145,20 +147,53 @@ class VendiSet(SetReward):
         return vendi(z)
 
 
-@final
-class FrechetSet(SetReward):
-    """Minus the Fréchet distance of the set's features to those of exemplars.
+class ExemplarSet(SetReward, ABC):
+    """Minus a distance of a set's features to those of exemplars.
 
     Args:
         exemplars: media of the target distribution, or ``(m, d)`` features of it (of another modality too, if the two
             feature functions share a space, as CLIP's and CLAP's do).
         weights: instead of exemplars, a safetensors file whose tensor "features" is ``(m, d)``.
+        features, credit, by, modality: see :class:`SetReward`.
+
+    Raises:
+        ValueError: for neither exemplars nor weights, both, or fewer than two exemplars.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, exemplars: Tensor | None, weights: str | Path | None, features: Features | None, credit: Credit, by: By,
+        modality: Modality,
+    ) -> None:  # fmt: skip
+        super().__init__(features=features, credit=credit, by=by, modality=modality)
+        if (exemplars is None) == (weights is None):
+            raise ValueError(
+                f"{self.card.name} compares with exemplars: give exemplars=media or features, or weights=a safetensors "
+                'file with a tensor "features", and not both.'
+            )
+        if weights is not None:
+            from safetensors.torch import load_file
+
+            exemplars = load_file(str(weights))["features"]
+        assert exemplars is not None
+        if len(exemplars) < 2:
+            raise ValueError(f"{self.card.name} needs at least 2 exemplars; got {len(exemplars)}.")
+        self.remember(exemplars.double() if exemplars.ndim == 2 else self.embed(exemplars))
+
+    @abstractmethod
+    def remember(self, y: Tensor) -> None:
+        """Keep what the distance needs of the exemplars' features ``(m, d)``, as buffers."""
+
+
+@final
+class FrechetSet(ExemplarSet):
+    """Minus the Fréchet distance of the set's features to those of exemplars.
+
+    Args:
+        exemplars, weights: see :class:`ExemplarSet`.
         shrinkage: γ in [0, 1] for both covariances: with fewer samples than dimensions the sample covariance is
             singular and the distance dominated by it.
-        features: see :class:`SetReward`.
-        credit: see :class:`SetReward`.
-        by: see :class:`SetReward`.
-        modality: see :class:`SetReward`.
+        features, credit, by, modality: see :class:`SetReward`.
     """
 
     card = Card(
@@ -171,21 +206,18 @@ class FrechetSet(SetReward):
     )
 
     def __init__(
-        self,
-        exemplars: Tensor | None = None,
-        *,
-        weights: str | Path | None = None,
-        shrinkage: float = 0.1,
-        features: Features | None = None,
-        credit: Literal["leave_one_out", "broadcast"] = "leave_one_out",
-        by: Literal["batch", "prompt"] = "batch",
+        self, exemplars: Tensor | None = None, *, weights: str | Path | None = None, shrinkage: float = 0.1,
+        features: Features | None = None, credit: Credit = "leave_one_out", by: By = "batch",
         modality: Modality = "image",
-    ) -> None:
-        super().__init__(features=features, credit=credit, by=by, modality=modality)
+    ) -> None:  # fmt: skip
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage must be in [0, 1]; got {shrinkage}.")
         self.shrinkage = shrinkage
-        mean, cov = moments(_exemplar_features(self, exemplars, weights), shrinkage)
+        super().__init__(exemplars, weights, features, credit, by, modality)
+
+    def remember(self, y: Tensor) -> None:
+        """Keep mean and root of the covariance."""
+        mean, cov = moments(y, self.shrinkage)
         self.mean: Tensor
         self.root: Tensor
         self.register_buffer("mean", mean)
@@ -198,7 +230,7 @@ class FrechetSet(SetReward):
 
 
 @final
-class MMDSet(SetReward):
+class MMDSet(ExemplarSet):
     """Minus the squared MMD of the set's features to those of exemplars.
 
     The unbiased estimate is right for a set's score and wrong for credit: a single stray among n samples is as far from
@@ -207,16 +239,12 @@ class MMDSet(SetReward):
     ``"leave_one_out"``, where its bias is the same for all samples of a set.
 
     Args:
-        exemplars: media of the target distribution, or ``(m, d)`` features of it.
-        weights: instead of exemplars, a safetensors file whose tensor "features" is ``(m, d)``.
+        exemplars, weights: see :class:`ExemplarSet`.
         kernel: "energy", ``-|a-b|``, or "gaussian", which saturates: one far stray in a set hardly shows.
         bandwidth: of the Gaussian kernel; None takes the median distance between exemplars, once and for all (a
             bandwidth that followed the samples would move the goal).
         unbiased: None for the default above.
-        features: see :class:`SetReward`.
-        credit: see :class:`SetReward`.
-        by: see :class:`SetReward`.
-        modality: see :class:`SetReward`.
+        features, credit, by, modality: see :class:`SetReward`.
     """
 
     card = Card(
@@ -229,29 +257,24 @@ class MMDSet(SetReward):
     )
 
     def __init__(
-        self,
-        exemplars: Tensor | None = None,
-        *,
-        weights: str | Path | None = None,
-        kernel: Literal["energy", "gaussian"] = "energy",
-        bandwidth: float | None = None,
-        unbiased: bool | None = None,
-        features: Features | None = None,
-        credit: Literal["leave_one_out", "broadcast"] = "leave_one_out",
-        by: Literal["batch", "prompt"] = "batch",
+        self, exemplars: Tensor | None = None, *, weights: str | Path | None = None,
+        kernel: Literal["energy", "gaussian"] = "energy", bandwidth: float | None = None, unbiased: bool | None = None,
+        features: Features | None = None, credit: Credit = "leave_one_out", by: By = "batch",
         modality: Modality = "image",
-    ) -> None:
-        super().__init__(features=features, credit=credit, by=by, modality=modality)
-        y = _exemplar_features(self, exemplars, weights)
+    ) -> None:  # fmt: skip
         if kernel not in ("energy", "gaussian") or (kernel == "energy" and bandwidth is not None):
             raise ValueError(
                 f"kernel must be energy (no bandwidth) or gaussian; got {kernel!r}, bandwidth {bandwidth}."
             )
-        h = torch.pdist(y).median() if bandwidth is None else torch.tensor(bandwidth, dtype=y.dtype)
-        if kernel == "gaussian" and not h > 0:
-            raise ValueError(f"the bandwidth must be positive; got {h.item():g} (exemplars all alike?): give one.")
-        self.kernel = kernel
+        self.kernel, self.given = kernel, bandwidth
         self.unbiased = credit == "broadcast" if unbiased is None else unbiased
+        super().__init__(exemplars, weights, features, credit, by, modality)
+
+    def remember(self, y: Tensor) -> None:
+        """Keep the exemplars, and the bandwidth."""
+        h = torch.pdist(y).median() if self.given is None else torch.tensor(self.given, dtype=y.dtype)
+        if self.kernel == "gaussian" and not h > 0:
+            raise ValueError(f"the bandwidth must be positive; got {h.item():g} (exemplars all alike?): give one.")
         self.exemplars: Tensor
         self.bandwidth: Tensor
         self.register_buffer("exemplars", y)
@@ -261,25 +284,3 @@ class MMDSet(SetReward):
         """Return minus the squared MMD."""
         bandwidth = self.bandwidth if self.kernel == "gaussian" else None
         return -mmd2(z, self.exemplars, bandwidth, unbiased=self.unbiased)
-
-
-@torch.no_grad()
-def _exemplar_features(reward: SetReward, exemplars: Tensor | None, weights: str | Path | None) -> Tensor:
-    """Return ``(m, d)`` features of exemplars given as media, as features or in a file.
-
-    Raises:
-        ValueError: for none, both, or fewer than two exemplars.
-    """
-    if (exemplars is None) == (weights is None):
-        raise ValueError(
-            f"{reward.card.name} compares with exemplars: give exemplars=media or features, or weights=a safetensors "
-            'file with a tensor "features", and not both.'
-        )
-    if weights is not None:
-        from safetensors.torch import load_file
-
-        exemplars = load_file(str(weights))["features"]
-    assert exemplars is not None
-    if len(exemplars) < 2:
-        raise ValueError(f"{reward.card.name} needs at least 2 exemplars; got {len(exemplars)}.")
-    return exemplars.double() if exemplars.ndim == 2 else reward.embed(exemplars)

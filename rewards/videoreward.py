@@ -77,7 +77,7 @@ class VideoReward(Judge):
         modality=("video",),
         differentiable=True,
         range=(-6.0, 6.0),
-        licence="MIT (code); weights: see the hub page",
+        licence="MIT (code); weights: not verified",
         weights="KwaiVGI/VideoReward",
         text=6144,
         reference="Liu et al., arXiv 2501.13918",

@@ -40,15 +40,15 @@ class VQAScore(Judge):
         summary='probability of "Yes" to "does this figure show <prompt>?" under a vision-language model',
         differentiable=True,
         range=(0.0, 1.0),
-        licence="of the model chosen; the default's: see the hub page",
-        weights="Qwen/Qwen2.5-VL-3B-Instruct",
+        licence="of the model chosen; the default's: Apache-2.0",
+        weights="Qwen/Qwen2.5-VL-7B-Instruct",
         text=32768,
         reference="Lin et al., arXiv 2404.01291",
     )
 
     def __init__(
         self,
-        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-3B-Instruct",
+        weights: str | Path | VisionLanguage = "Qwen/Qwen2.5-VL-7B-Instruct",
         *,
         question: str = 'Does this figure show "{prompt}"? Please answer yes or no.',
         answer: str = "Yes",
