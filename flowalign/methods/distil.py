@@ -3,7 +3,7 @@
     weighted samples of FK steering or Diffusion Tree Sampling  →  weighted flow matching  →  the generator itself
 
 The teacher is the frozen base model under a search; the student is the model that is trained. For a prompt, N particles
-with weights W_i (summing to one) and evidence Ẑ satisfy ``E[Ẑ Σ W_i f(x_i)] = Z E_{p exp(λ r)/Z}[f]`` for any N, so that
+with weights W_i (summing to one) and evidence Ẑ satisfy ``E[Ẑ Σ W_i f(x_i)] = Z E_tilted[f]`` for any N, so that
 
     loss = mean_i  N W_i Ẑ / Z̄ · ‖v_θ(x_t) - (α̇ x_i + σ̇ ε)‖²
 
@@ -149,8 +149,8 @@ class Distil(Training):
         )  # fmt: skip
         found: Candidates | None = None
         with collector.policy.playing("reference" if self.frozen else "current"), torch.no_grad():
-            for found in self.method(size).search(task):
-                pass
+            for latest in self.method(size).search(task):
+                found = latest
         assert found is not None
         leaves = replace(Nodes.enter(found.x.detach(), found.row), log_w=found.log_w.detach())
         rows = len(draw.prompts)
@@ -158,7 +158,7 @@ class Distil(Training):
         log_z = (
             torch.zeros(rows, dtype=torch.float64) if found.log_z is None else found.log_z.double() - carried.double()
         )
-        return Trajectory(task.times[-1:], (leaves,), log_z)
+        return Trajectory(task.times[-1:], (leaves,), log_z.double())
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:

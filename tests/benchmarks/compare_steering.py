@@ -12,11 +12,13 @@ the files. Errors are those of the mean over seeds; differences to best-of-N are
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,33 @@ def contenders(reward: str, share: float, evaluations: int, steps: int) -> dict[
         out["das"] = lambda: FKSteering(
             particles=das, scheme="ssp", scale=scale, twist=1.0, temper="geometric", gamma=0.05
         )
-    for name in ("ttsnap",) if reward == GRADED else ("reno",):
-        if name in METHODS:
-            out[name] = lambda name=name: resolve(name).presets()["demo"].method
+    if reward == GRADED and "ttsnap" in METHODS:
+        out["ttsnap, clean reward"] = lambda: pruned(share * evaluations, steps)
+    if reward == CLIP and "reno" in METHODS:
+        out["reno"] = lambda: resolve("reno").presets()["demo"].method
     return out
+
+
+def pruned(evaluations: float, steps: int) -> Any:
+    """Return TTSnap without a noise-aware reward of its own (TTSp), halving the candidates twice."""
+    from flowalign.methods.ttsnap import TTSnap, cost
+
+    levels, keep = (round(0.3 * steps), round(0.6 * steps)), (0.5, 0.5)
+    return TTSnap(n=int(evaluations / cost(steps, levels, keep)), levels=levels, keep=keep)
 
 
 def tree(kind: Any, select: str, scale: float) -> Any:
     """Return a tree search that shares prefixes: with the usual C = 2, α = .8 it never would at this budget."""
     return kind(rounds=100_000, report=1, select=select, scale=scale, widen=1.0, power=0.5, explore=0.3)
+
+
+def check_model(folder: Path) -> None:
+    """Note which weights the runs of a folder are of, and refuse to mix them."""
+    path = ROOT / "pipelines/worlds/weights/shapes/transformer/diffusion_pytorch_model.safetensors"
+    mark, note = hashlib.sha256(path.read_bytes()).hexdigest()[:16], folder / "weights.txt"
+    if note.is_file() and note.read_text().strip() != mark:
+        raise SystemExit(f"{folder} holds runs of other weights of shapes: choose another --output.")
+    note.write_text(mark + "\n")
 
 
 def hard_prompts(generator: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,15 +135,17 @@ def one(
     from flowalign.rewards.shapes import ShapesJudge
     from flowalign.steer import steer
 
+    judge, began = open_reward(reward), time.process_time()
     found = steer(
-        generator, method, open_reward(reward), prompts, samples=1, steps=steps, budget=budget, seed=seed,
+        generator, method, judge, prompts, samples=1, steps=steps, budget=budget, seed=seed,
         policy=Policy(generator),
     )  # fmt: skip
+    cpu = time.process_time() - began
     best = [int((found.row == r).nonzero().flatten()[0]) for r in range(len(prompts))]  # best first within each prompt
     truth = {k: ShapesJudge(k)(found.media[best], prompts).tolist() for k in ("strict", "graded")}
     return {
         "reward": found.total[best].tolist(), **truth, "ledger": found.ledger.state_dict(), "stopped": found.stopped,
-        "seconds": found.ledger.seconds, "partial": found.partial,
+        "seconds": found.ledger.seconds, "cpu": cpu, "partial": found.partial,
     }  # fmt: skip
 
 
@@ -132,6 +154,7 @@ def run_all(args: argparse.Namespace) -> None:
     from flowalign.build import open_pipeline
 
     generator = open_pipeline("shapes", {}, [False], torch.device("cpu"))[0]
+    check_model(args.output)
     prompts = [p["prompt"] for p in hard_prompts(generator, args)]
     if not prompts:
         raise SystemExit(
@@ -142,7 +165,7 @@ def run_all(args: argparse.Namespace) -> None:
         for reward in (
             (GRADED, CLIP) if (ROOT / "rewards/weights/shapes_clip/model.safetensors").is_file() else (GRADED,)
         ):
-            for unit in ("nfe", "seconds"):
+            for unit in args.units:
                 for name in contenders(reward, 1.0, args.evaluations, args.steps):
                     path = file_of(args.output, reward, unit, name, seed)
                     if path.is_file() or (args.only and name not in args.only):
@@ -155,7 +178,7 @@ def run_all(args: argparse.Namespace) -> None:
                         budget, share = f"{limit:.2f}s", limit / mine
                     method = contenders(reward, share, args.evaluations, args.steps)[name]()
                     # a method of fixed cost has its size to keep to; cutting it off would leave it with nothing
-                    fixed = name in ("fk", "svdd", "das", "best-of-n, SDE")
+                    fixed = name in ("fk", "svdd", "das", "best-of-n, SDE", "ttsnap, clean reward")
                     row = one(generator, method, reward, prompts, None if fixed else budget, args.steps, seed)
                     path.write_text(json.dumps({"method": name, "seed": seed, "unit": unit, **row}) + "\n")
                     done = statistics.mean(row["strict"])
@@ -257,6 +280,7 @@ def main() -> None:
     p.add_argument("--images", type=int, default=20, help="of each that a first look leaves, for that")
     p.add_argument("--steps", type=int, default=10)
     p.add_argument("--most", type=float, default=0.15, help="base success of the prompts")
+    p.add_argument("--units", nargs="*", default=["nfe", "seconds"], choices=["nfe", "seconds"])
     p.add_argument("--only", nargs="*", default=[], help="methods")
     p.add_argument("--figure", type=Path, default=None)
     p.add_argument("--table", action="store_true", help="run nothing")
