@@ -33,6 +33,7 @@ METHODS: dict[str, str] = {
     "flow-nrg": _HERE + "flow_nrg:FlowNRG",
     "forward-looking": _HERE + "forward_looking:ForwardLooking",
     "g2rpo": _HERE + "g2rpo:G2RPO",
+    "golden-noise": _HERE + "golden_noise:GoldenNoise",
     "grpo-guard": _HERE + "grpo_guard:GRPOGuard",
     "instruct-video": _HERE + "instruct_video:InstructVideo",
     "ipro": _HERE + "ipro:IPRO",
@@ -41,6 +42,7 @@ METHODS: dict[str, str] = {
     "noise-search": _HERE + "noise_search:NoiseSearch",
     "r0": _HERE + "r0:R0",
     "rbf": _HERE + "rbf:RBF",
+    "reno": _HERE + "reno:ReNO",
     "rlcm": _HERE + "rlcm:RLCM",
     "rtb": _HERE + "rtb:RTB",
     "srpo": _HERE + "srpo:SRPO",
@@ -49,6 +51,7 @@ METHODS: dict[str, str] = {
     "tp-grpo": _HERE + "tp_grpo:TPGRPO",
     "tree-grpo": _HERE + "tree_grpo:TreeGRPO",
     "ttsnap": _HERE + "ttsnap:TTSnap",
+    "upsr": _HERE + "upsr:UPSR",
 }
 """Name to ``module:Class``, a :class:`~flowalign.methods.base.Method`. One line per method, in alphabetical order."""
 
