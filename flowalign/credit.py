@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowalign.experience import Experience
 from flowalign.state import Stateful
+from flowalign.trajectory import row_lse
 
 __all__ = ["Credit", "Gains", "Group", "Levels", "Normalise", "Tree", "group_mean"]
 
@@ -136,18 +137,34 @@ class Tree(Credit):
 
     Attributes:
         normalise: within the nodes of one group at one depth.
-        how: ``"mean"``, ``"max"`` or λ of a soft backup.
+        how: ``"mean"`` over leaves, ``"max"``, λ of a soft backup, or ``"probability"``: siblings are averaged with the
+            softmax of their steps' log-densities per dimension (BranchGRPO's ``tree_prob_weighted``, TreeGRPO's edges).
     """
 
     normalise: Normalise = field(default_factory=lambda: Normalise(unbiased=True, eps=1e-8))
-    how: Literal["mean", "max"] | float = "mean"
+    how: Literal["mean", "max", "probability"] | float = "mean"
 
     def __call__(self, experience: Experience) -> Levels:
         """Back up, then normalise level by level."""
         e = experience
         out: Levels = []
-        for nodes, value in zip(e.trajectory.levels, e.trajectory.backup(e.total, self.how), strict=True):
+        values = self._likely(e) if self.how == "probability" else e.trajectory.backup(e.total, self.how)
+        for nodes, value in zip(e.trajectory.levels, values, strict=True):
             out.append(None if nodes is None or value is None else self.normalise(value, e.group[nodes.row]))
+        return out
+
+    @staticmethod
+    def _likely(e: Experience) -> Levels:
+        """Back up with each child weighted by the softmax of its log-density among its siblings."""
+        tree, value = e.trajectory, e.total
+        out: Levels = [None] * len(tree.levels)
+        out[-1] = value
+        for k in range(len(tree.levels) - 1, tree.first, -1):
+            child, n = tree.at(k), len(tree.at(k - 1))
+            score = child.log_prob.to(value) / child.x[0].numel()
+            share = (score - row_lse(score, child.parent, n)[child.parent.to(score.device)]).exp()
+            value = value.new_zeros(n).index_add(0, child.parent.to(value.device), share * value)
+            out[k - 1] = value
         return out
 
 

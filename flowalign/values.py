@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowalign.kernels import EulerMaruyama, Kernel
 from flowalign.policy import Policy
@@ -101,10 +101,10 @@ class Learned(Value):
     """A network on noisy latents, ``V_φ(x_t, t, row)``: the process reward of Euphonium, FK, TTSnap and Flow-NRG.
 
     Args:
-        network: ``(x, t (B,), row) → (B,)``.
+        network: ``(x, t (B,), row) → (B,)``: a module, or a value that is being learnt.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         self.network = network
 
     def __call__(self, x: Tensor, posterior: Posterior, t: Time, row: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from flowalign import checkpoint
+from flowalign.cli import main
 from flowalign.collect import Collector, collect
+from flowalign.config import compose
 from flowalign.credit import Normalise, Tree
 from flowalign.experience import Experience
 from flowalign.fit import fit
@@ -291,6 +294,23 @@ def test_euphonium_without_guidance_is_dance_grpo() -> None:
         assert torch.equal(p, q)
 
 
+def test_euphonium_recovers_flow_grpo() -> None:
+    """On Flow-GRPO's noise, with its normalisation and without guidance: Flow-GRPO's weights, bit for bit."""
+
+    class Recovered(Euphonium):
+        def recipe(self, times):
+            found = super().recipe(times)
+            return replace(found, credit=replace(found.credit, normalise=Normalise(scale="batch")))
+
+    a, run = start(Recovered(eta=0.7, noise_law="flow", scale=0.0, process=0.0, clip=1e-2, fraction=1.0,
+                             shared_noise=False))  # fmt: skip
+    list(run)
+    b, run = start(FlowGRPO(noise=0.7, kl=0.0, clip=1e-2))
+    list(run)
+    for p, q in zip(a.denoiser.parameters(), b.denoiser.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_window_of_all_steps_is_no_window() -> None:
     """Windowed over everything equals the kernel itself."""
     x = Nodes.enter(torch.randn(5, 1, dtype=F64))
@@ -451,6 +471,20 @@ def test_presets_make_recipes() -> None:
         assert {"published", "demo"} <= set(presets), name
         for preset in presets.values():
             preset.method.recipe(torch.linspace(1, 0, preset.fit.steps + 1, dtype=F64))
+
+
+def test_methods_are_listed_with_their_presets(capsys) -> None:
+    """``flowalign methods --json``: every method, its reference, and presets that a configuration file can hold."""
+    main(["methods", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == set(METHODS)
+    for name in names("training"):
+        assert "arxiv" in found[name]["reference"].lower() and found[name]["summary"], name
+        for key, preset in found[name]["presets"].items():
+            config = compose({"method": preset["method"], "fit": preset["fit"]}, name, key)
+            assert config.method == resolve(name).presets()[key].method, (name, key)
+    main(["methods", "flow-grpo", "--json"])
+    assert set(json.loads(capsys.readouterr().out)) == {"flow-grpo"}
 
 
 def test_constant_law_is_dance() -> None:

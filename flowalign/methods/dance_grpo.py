@@ -78,6 +78,12 @@ class DanceGRPO(Training):
                 ema=0.995,
                 note="FLUX.1-dev 720 px, shift 3, guidance embedding 3.5, all weights. Not run here.",
             ),
+            "published-video": Preset(
+                cls(eta=0.25, keep=8),
+                FitOptions(iterations=300, groups=8, size=24, steps=16, batch=1, accumulate=12, lr=1e-5),
+                None,
+                note="HunyuanVideo 480 px, 53 frames, shift 5, guidance 6: best and worst 8 of 24. Not run here.",
+            ),
             "demo": Preset(
                 cls(clip=1e-3, eta=0.5),
                 FitOptions(iterations=400, groups=8, size=16, steps=10, batch=192, lr=2e-4, weight_decay=0.0),

@@ -1,19 +1,19 @@
 """Euphonium: a process reward steers the sampler, and training distils the steering into the policy (2602.04928).
 
-    sampling   mean += scale · ∇_x V_φ(x_t, t)                     constant-noise SDE; late steps only
+    sampling   mean += scale · ∇_x V_φ(x_t, t)                     late steps only
     training   log-density of the guided sample under the *unguided* mean
     credit     PPO(A_outcome) + PPO(A_process,k):  A_process from V_φ(x_{k+1}) in the group at each step
 
 V_φ is the toolkit's latent value network, learnt from the same rollouts. With scale 0 and process weight 0 this is
-DanceGRPO bit for bit. ``scale`` multiplies the gradient added to the mean; the kernel's proposal adds std² times what a
-guide gives, so the guide gives ``scale / std² · ∇V``.
+DanceGRPO bit for bit, and with ``noise_law = "flow"`` Flow-GRPO. ``scale`` multiplies the gradient added to the mean;
+the kernel's proposal adds std² times what a guide gives, so the guide gives ``scale / std² · ∇V``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from flowalign.credit import Credit, Group, Levels, Normalise
 from flowalign.experience import Experience
 from flowalign.guidance import Along
 from flowalign.kernels import EulerMaruyama
-from flowalign.laws import Constant
+from flowalign.laws import Constant, FlowGrpo, NoiseLaw
 from flowalign.methods.base import Preset, Training, levels_between
 from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
@@ -70,7 +70,8 @@ class Euphonium(Training):
     """Euphonium.
 
     Attributes:
-        eta: noise level of the constant law.
+        eta: noise level of the law.
+        noise_law: constant (DanceGRPO's, published) or flow (Flow-GRPO's).
         scale: of the gradient added to the mean (published: .01, or η²/2β with β = 3.125).
         start: fraction of the steps after which guidance begins (published: 12 of 16).
         process: weight of the process column.
@@ -87,6 +88,7 @@ class Euphonium(Training):
   journal={arXiv preprint arXiv:2602.04928}, year={2026}}"""
 
     eta: float = 0.25
+    noise_law: Literal["constant", "flow"] = "constant"
     scale: float = 0.01
     start: float = 0.75
     process: float = 1.0
@@ -98,8 +100,9 @@ class Euphonium(Training):
     def recipe(self, times: Tensor) -> Recipe:
         """Return the choices; the last step is neither guided nor trained."""
         steps = len(times) - 1
-        kernel, value = EulerMaruyama(Constant(self.eta)), ValueLearner(self.width)
-        guide = self._guide(times, value) if self.scale else None
+        law: NoiseLaw = Constant(self.eta) if self.noise_law == "constant" else FlowGrpo(self.eta)
+        kernel, value = EulerMaruyama(law), ValueLearner(self.width)
+        guide = self._guide(times, law, value) if self.scale else None
         return Recipe(
             kernel,
             Clip(kernel, self.clip),
@@ -111,14 +114,15 @@ class Euphonium(Training):
             learners=(value,),
         )
 
-    def _guide(self, times: Tensor, value: ValueLearner) -> Along:
+    def _guide(self, times: Tensor, law: NoiseLaw, value: ValueLearner) -> Along:
         grid = torch.as_tensor(times, dtype=torch.float64)
         first = min(round(self.start * (len(grid) - 1)), len(grid) - 2)
         late = levels_between(times, first, len(grid) - 1)
 
         def push(x: Tensor, posterior: Posterior, t: Time, row: Tensor) -> Tensor:
             k = int((grid - float(t)).abs().argmin())
-            variance = self.eta**2 * float(grid[k] - grid[k + 1])
+            g = float(law(posterior.process, float(grid[k]), float(grid[k + 1])))
+            variance = g**2 * float(grid[k] - grid[k + 1])
             at = torch.full((len(x),), float(t), dtype=torch.float64)
             return self.scale / variance * value.gradient(x, at, row)
 

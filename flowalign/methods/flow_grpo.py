@@ -85,6 +85,12 @@ class FlowGRPO(Training):
                 Lora(),
                 note="SD3.5-M, PickScore: T = 10, guidance 4.5, two optimiser steps per rollout. Not run here.",
             ),
+            "published-cps": Preset(
+                cls(noise=0.8, noise_law="cps", clip=1e-5, ratio="mse", kl=0.0),
+                FitOptions(iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=3e-4),
+                Lora(),
+                note="Flow-CPS on SD3.5-M. Not run here.",
+            ),
             "demo": Preset(
                 cls(noise=0.8, noise_law="cps", window=(0, 3), clip=None, ratio="mse", kl=0.1, kl_scale="velocity",
                     std="group"),

@@ -1,8 +1,8 @@
 """Trees with shared prefixes: BranchGRPO (2509.06040), TreeGRPO (2512.08153), Dynamic-TreeRPO with LayerTuning-RL.
 
 A few roots per prompt split at chosen levels; the prefix of a subtree is computed once. A node's value is the mean over
-its leaves, its advantage is normalised within its depth, and a step is credited with the node it leads to. Options add
-the relatives' parts:
+its leaves (or their mean by likelihood, ``backup = "probability"``), its advantage is normalised within its depth, and
+a step is credited with the node it leads to. Options add the relatives' parts:
 
     window        noise and splits inside a window only, the ODE elsewhere                     TreeGRPO, Branch-Mix
     growth        noise level a (1 + growth · depth/steps): deeper layers explore more         Dynamic-TreeRPO, eq. 6
@@ -51,6 +51,7 @@ class TreeGRPO(Training):
         width: children at a split.
         window: first and last (exclusive) stochastic step; none for all but the last.
         growth: rise of the noise level with depth.
+        backup: mean of the leaves, or siblings weighted by the softmax of their log-densities (probability).
         clip: range of the per-dimension ratio.
         reach: widening of the clip range with the advantage.
         supervised: weight of the pull towards the best leaf.
@@ -71,6 +72,7 @@ class TreeGRPO(Training):
     width: int = 2
     window: tuple[int, int] | None = None
     growth: float = 0.0
+    backup: Literal["mean", "probability"] = "mean"
     clip: float = 1e-3
     reach: float = 0.0
     supervised: float = 0.0
@@ -102,7 +104,7 @@ class TreeGRPO(Training):
         return Recipe(
             kernel,
             Clip(kernel, self.clip, reach=self.reach, supervised=self.supervised),
-            credit=Tree(),
+            credit=Tree(how=self.backup),
             select=Branch(dict.fromkeys(self.splits, self.width)),
             roots=lambda n: max(1, n // leaves),
             trained=always if depths is None else depths.trained,
@@ -140,6 +142,13 @@ class TreeGRPO(Training):
                 None,
                 note="BranchGRPO with both prunings: best leaf per last split; depths 15-18, sliding every 30. Not run "
                 "here.",
+            ),
+            "published-mix": Preset(
+                cls(splits=(0, 1, 2, 3), window=(0, 4)),
+                FitOptions(iterations=300, groups=16, size=16, steps=20, batch=1, accumulate=0, lr=1e-5),
+                None,
+                note="Branch-Mix, and TreeGRPO in kind (with backup=probability): splits and noise in a window of four "
+                "steps, the ODE after it. Not run here.",
             ),
             "published-dynamic": Preset(
                 cls(splits=(0, 1, 2, 3), window=(0, 4), growth=1.0, reach=1.0, supervised=0.1),

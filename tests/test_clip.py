@@ -1,0 +1,204 @@
+"""The clipped loss by hand: every KL scale, Guard's weight and bias, the range that follows A, the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flowalign.credit import Tree
+from flowalign.experience import Experience
+from flowalign.kernels import EulerMaruyama
+from flowalign.laws import FlowGrpo
+from flowalign.methods.g2rpo import Granular
+from flowalign.methods.tree_grpo import TreeGRPO
+from flowalign.noise import Noise
+from flowalign.objectives import Clip
+from flowalign.policy import Policy, Switch
+from flowalign.potentials import Difference
+from flowalign.rollout import rollout
+from flowalign.selection import Branch, Resample
+from flowalign.trajectory import Nodes
+from flowalign.valuenet import ValueLearner
+from flowalign.values import Learned
+from flowalign.windows import Cycle
+from tests.worlds import F64, Normal
+
+WORLD = Normal(0.5, 0.4)
+TIMES = torch.linspace(1, 0, 9, dtype=F64)
+SDE = EulerMaruyama(FlowGrpo(0.7))
+
+
+class Moved:
+    """The world with a velocity that is off by ``delta`` while it plays the current role."""
+
+    process = WORLD.process
+
+    def __init__(self, delta: float) -> None:
+        self.delta = torch.tensor(delta, dtype=F64)
+
+    def posterior(self, x, t, cond=None):
+        return self.process.posterior(x, t, v=WORLD.posterior(x, t).velocity + self.delta)
+
+
+class Base:
+    """Sets the shift to zero for the length of a call."""
+
+    def __init__(self, world: Moved) -> None:
+        self.world = world
+
+    def __enter__(self) -> None:
+        self.kept, self.world.delta = self.world.delta, torch.zeros((), dtype=F64)
+
+    def __exit__(self, *_: object) -> None:
+        self.world.delta = self.kept
+
+
+def steps(n: int = 6):
+    x = torch.randn(n, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(x), noise=Noise(0), keep=True)
+    flat = tree.transitions([None] + [torch.linspace(-2, 2, n, dtype=F64)] * 8)
+    return flat[(flat.s > 0).nonzero().flatten()]
+
+
+@pytest.mark.parametrize("scale", ["exact", "flow_grpo", "velocity"])
+def test_kl_scales(scale: str) -> None:
+    """exact: that of torch.distributions per dimension; flow_grpo: Δμ²/2g², without Δt; velocity: Δv²."""
+    world, batch = Moved(0.3), steps()
+    policy = Policy(world, {"reference": Switch(lambda: Base(world))})
+    found = Clip(SDE, 1e-2, kl=1.0, kl_scale=scale)(policy, batch).terms["kl"]
+    law, _ = SDE(batch.x, world.posterior(batch.x, batch.t), batch.t, batch.s)
+    base, _ = SDE(batch.x, WORLD.posterior(batch.x, batch.t), batch.t, batch.s)
+    dist = lambda g: torch.distributions.Normal(g.mean, g.std.expand_as(g.mean))  # noqa: E731
+    exact = torch.distributions.kl_divergence(dist(law), dist(base)).mean(1)
+    g2 = law.std.reshape(-1) ** 2 / (batch.t - batch.s)
+    published = ((law.mean - base.mean) ** 2).mean(1) / (2 * g2)
+    want = {"exact": exact.mean(), "flow_grpo": published.mean(), "velocity": torch.tensor(0.09, dtype=F64)}[scale]
+    assert torch.allclose(found, want) and found > 0
+
+
+def test_guard_by_hand() -> None:
+    """ρ = exp{[(log p - log p_old)/D + mean (μ-μ_old)²/2std²] std}, per sample, and the loss over t - s."""
+    world, batch = Moved(0.2), steps()
+    loss = Clip(SDE, None, "guard")(Policy(world), batch).terms["policy"]
+    by_hand = []
+    for i in range(len(batch)):
+        t, s = float(batch.t[i]), float(batch.s[i])
+        x = batch.x[i : i + 1]
+        law, _ = SDE(x, world.posterior(x, t), t, s)
+        old, _ = SDE(x, WORLD.posterior(x, t), t, s)
+        delta = (law.log_prob(batch.x_next[i : i + 1]) - old.log_prob(batch.x_next[i : i + 1])) / 2
+        bias = ((law.mean - old.mean) ** 2).mean() / (2 * law.std**2)
+        by_hand.append(-batch.weight[i] * ((delta + bias) * law.std).exp() / (t - s))
+    assert torch.allclose(loss, torch.stack([b.reshape(()) for b in by_hand]).mean())
+
+
+def test_range_follows_the_advantage() -> None:
+    """ε (1 + reach · min(|A|, 1)) at either side; ranges may differ below and above."""
+    ratio, advantage = torch.tensor([1.5, 1.5, 0.5, 0.5]), torch.tensor([[0.5], [3.0], [-0.5], [-3.0]])
+    loss = Clip(SDE, (0.1, 0.2), reach=1.0).surrogate(ratio, advantage).flatten()
+    want = [-0.5 * (1 + 0.2 * 1.5), -3.0 * (1 + 0.2 * 2), 0.5 * (1 - 0.1 * 1.5), 3.0 * (1 - 0.1 * 2)]
+    assert torch.allclose(loss, torch.tensor(want))
+    assert torch.allclose(Clip(SDE, None).surrogate(ratio, advantage), -advantage * ratio[:, None])
+
+
+def test_the_teacher_is_needed_less_by_the_good() -> None:
+    """LayerTuning-RL: λ mean σ(-A) ‖x̂0 - target‖²/D: a dynamically weighted process reward beside the policy's loss."""
+    batch = steps()
+    batch = replace(batch, target=torch.full_like(batch.x, 0.9))
+    terms = Clip(SDE, 1e-2, supervised=0.3)(Policy(WORLD), batch).terms
+    x0 = WORLD.posterior(batch.x, batch.t).x0
+    want = 0.3 * (torch.sigmoid(-batch.weight) * ((x0 - 0.9) ** 2).mean(1)).mean()
+    assert torch.allclose(terms["supervised"], want)
+    assert "supervised" not in Clip(SDE, 1e-2)(Policy(WORLD), batch).terms
+
+
+def test_noise_by_layer() -> None:
+    """Dynamic-TreeRPO: the level rises linearly with depth, η (1 + growth · k/(K - 1))."""
+    kernel = TreeGRPO(eta=0.4, splits=(0, 1), growth=0.5).recipe(TIMES).kernel
+    for k in range(7):
+        t, s = TIMES[k : k + 2].tolist()
+        law, _ = kernel(torch.zeros(1, 1, dtype=F64), WORLD.posterior(torch.zeros(1, 1, dtype=F64), t), t, s)
+        assert torch.allclose(law.std, torch.tensor(0.4 * (1 + 0.5 * k / 7) * (t - s) ** 0.5, dtype=F64))
+
+
+def experience(tree, rewards: dict[str, torch.Tensor], weights: dict[str, float], rows: int) -> Experience:
+    return Experience(Policy(WORLD), tree, None, torch.arange(rows), rewards, weights, lambda x, i: {})
+
+
+def test_backup_by_likelihood() -> None:
+    """Siblings are averaged with the softmax of their log-densities per dimension, by recursion over the tree."""
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(1, 2, dtype=F64)), noise=Noise(0),
+                   select=Branch({0: 2, 2: 3}))  # fmt: skip
+    total = torch.randn(6, dtype=F64)
+
+    def value(level: int, node: int) -> float:
+        if level == 8:
+            return float(total[node])
+        below = tree.at(level + 1)
+        mine = (below.parent == node).nonzero().flatten().tolist()
+        weight = torch.softmax(torch.stack([below.log_prob[i] / 2 for i in mine]), 0)
+        return sum(float(w) * value(level + 1, i) for w, i in zip(weight, mine, strict=True))
+
+    found = Tree._likely(experience(tree, {"r": total}, {"r": 1.0}, 1))
+    for level in range(9):
+        assert torch.allclose(
+            found[level], torch.tensor([value(level, i) for i in range(len(tree.at(level)))], dtype=F64)
+        )
+    assert not torch.allclose(found[0], total.mean())
+    credit = Tree(how="probability")(experience(tree, {"r": total}, {"r": 1.0}, 1))
+    v = found[4]
+    assert torch.allclose(credit[4], ((v - v.mean()) / (v.std() + 1e-8)).clamp(-5, 5))
+
+
+def test_granularities_normalise_each_reward() -> None:
+    """G²RPO with two rewards: each is normalised in the group before they are weighted and added."""
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(6, 1, dtype=F64), torch.zeros(6).long()),
+                   noise=Noise(0))  # fmt: skip
+    rewards = {"a": torch.randn(6, dtype=F64), "b": 100 * torch.randn(6, dtype=F64)}
+    e = experience(tree, rewards, {"a": 1.0, "b": 0.5}, 1)
+    z = {k: (r - r.mean()) / (r.std() + 1e-8) for k, r in rewards.items()}
+    credit = Granular(Cycle(TIMES, (2,)), strides=(1,))(e)
+    assert torch.allclose(credit[3], z["a"] + 0.5 * z["b"], atol=1e-6)
+
+
+def test_one_value_network_serves_all() -> None:
+    """What the rollouts taught steers FK particles too: weighted by it, they end higher than without."""
+    learner = ValueLearner(width=16, lr=1e-2, passes=4)
+    learner.enter(["a"])
+    tree = rollout(Policy(Image()), SDE, TIMES, start(256), noise=Noise(1))
+    e = Experience(Policy(Image()), tree, Prompt(), torch.zeros(1).long(), {"r": reward(tree.leaves.x)}, {"r": 1.0},
+                   lambda x, i: {})  # fmt: skip
+    first = learner.observe(e)["value/loss"]
+    for _ in range(15):
+        last = learner.observe(e)["value/loss"]
+    assert last < 0.7 * first
+    kwargs = {"noise": Noise(2), "n_rows": 1}
+    plain = rollout(Policy(Image()), SDE, TIMES, start(256), **kwargs)
+    tilted = rollout(Policy(Image()), SDE, TIMES, start(256), value=Learned(learner), potential=Difference(20.0),
+                     select=Resample(), **kwargs)  # fmt: skip
+    gap = reward(tilted.leaves.x).mean() - reward(plain.leaves.x).mean()
+    assert gap > 5 * reward(plain.leaves.x).std() / 256**0.5
+
+
+class Image:
+    """The world with states (1, 4, 4), which a value network can look at."""
+
+    process = WORLD.process
+
+    def posterior(self, x, t, cond=None):
+        return WORLD.posterior(x, t)
+
+
+class Prompt:
+    prompts = ("a",)
+
+
+def start(n: int) -> Nodes:
+    return Nodes.enter(torch.randn(n, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(5)),
+                       torch.zeros(n, dtype=torch.long))  # fmt: skip
+
+
+def reward(x: torch.Tensor) -> torch.Tensor:
+    return x.mean((1, 2, 3))
