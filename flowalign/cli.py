@@ -305,9 +305,12 @@ def rewards(args: list[str]) -> None:
     if "--json" in args:
         print(json.dumps([vars(c) for c in found], indent=2))
         return
+    print(f"{'reward':20}{'looks at':19}{'gradients':11}{'range':>14}{'  text cut at':14}licence; weights\n")
     for c in found:
-        grad = "gradients" if c.differentiable else ""
-        print(f"{c.name:20}{'/'.join(c.modality):14}{grad:11}{c.licence:16}{c.summary}")
+        grad, text = "yes" if c.differentiable else "", "" if c.text is None else f"{c.text} tokens"
+        span = f"{c.range[0]:g} to {c.range[1]:g}"
+        print(f"{c.name:20}{'/'.join(c.modality):19}{grad:11}{span:>14}  {text:12}{c.licence}; {c.weights}")
+        print(f"{'':20}{c.summary}")
 
 
 def pipelines(args: list[str]) -> None:

@@ -7,7 +7,7 @@
     LogSigmoid    log σ((r − r_ref) / τ)                     saturates above the reference, linear below
     SoftMin       −β log mean_i exp(−r_i / β)                β → ∞ mean, β → 0 min, mean − var/2β to second order
     Constrained   r + Σ λ_i (c_i − b_i), λ_i ≥ 0 by dual ascent
-    Substitute    a value of the user's for samples that cannot be judged
+    Substitute    a value of the user's for samples that cannot be judged;     Masked  leaves them out of the lesson
     MicroBatch    in pieces of n;      Cached  by content, without gradients
 
 Every one is a reward again and all nest. A reward that occurs twice in one expression is computed once per call, so
@@ -33,7 +33,7 @@ from flowalign.rewards.caching import Cached, MicroBatch
 from flowalign.rewards.composite import Composite
 from flowalign.rewards.constrained import Constrained, Constraint
 from flowalign.rewards.function import Function, reward
-from flowalign.rewards.transforms import Clip, LogSigmoid, SoftMin, Standardise, Substitute, soft_min
+from flowalign.rewards.transforms import Clip, LogSigmoid, Masked, SoftMin, Standardise, Substitute, soft_min
 
 __all__ = [
     "Cached",
@@ -43,6 +43,7 @@ __all__ = [
     "Constraint",
     "Function",
     "LogSigmoid",
+    "Masked",
     "MicroBatch",
     "Product",
     "SoftMin",

@@ -40,8 +40,9 @@ class Unjudged(ValueError):
         first = next(iter(reasons))
         super().__init__(
             f"reward {name!r} cannot judge {len(reasons)} of {len(scores)} samples; sample {first}: {reasons[first]}. "
-            "Mend or drop such samples, or give them a value of your own: algebra.Substitute(reward, value) in Python, "
-            f"{name}?unjudged=VALUE in a specification."
+            "Mend or drop such samples, leave them out of the lesson (algebra.Masked(reward) in Python, "
+            f"{name}?unjudged=mask in a specification), or give them a value of your own (algebra.Substitute(reward, "
+            f"value), {name}?unjudged=VALUE)."
         )
 
 

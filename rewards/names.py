@@ -210,9 +210,16 @@ def _build(term: Term, make: Any, device: torch.device | str | None, options: Ma
         reward.to(device)
     if fill_in is None:
         return reward
-    from flowalign.rewards.transforms import Substitute
+    from flowalign.rewards.transforms import Masked, Substitute
 
-    return Substitute(reward, float(fill_in))
+    return Masked(reward) if fill_in == "mask" else Substitute(reward, _value(term.name, fill_in))
+
+
+def _value(name: str, text: Any) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {name!r}: unjudged is a number, or mask; got {text!r}.") from error
 
 
 def _query(name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from flowalign.protocols import Meta, Reward, check_scores
 from flowalign.rewards.base import Unjudged
 from flowalign.rewards.composite import Composite, Memo
 
-__all__ = ["Clip", "LogSigmoid", "SoftMin", "Standardise", "Substitute", "soft_min"]
+__all__ = ["Clip", "LogSigmoid", "Masked", "SoftMin", "Standardise", "Substitute", "soft_min"]
 
 
 class Clip(Composite):
@@ -126,6 +126,39 @@ class SoftMin(Composite):
     def combine(self, scores: list[Tensor]) -> Tensor:
         """Return the soft minimum over members."""
         return soft_min(torch.stack(scores), self.beta)
+
+
+class Masked(Composite):
+    """``member``, with samples that cannot be judged left out of the lesson.
+
+    Each of them gets the mean score of the judged samples of its prompt, or of all where none of its prompt is judged:
+    in a group that compares its members its advantage is zero, and it moves nobody else's mean.
+    """
+
+    def __init__(self, member: Reward) -> None:
+        super().__init__([member], member.card.name, member.card.range)
+
+    def evaluate(self, media: Tensor, prompts: Sequence[str], meta: Meta | None, memo: Memo) -> Tensor:
+        """Score the member; fill in the means where it cannot judge.
+
+        Raises:
+            Unjudged: no sample at all can be judged.
+        """
+        try:
+            return super().evaluate(media, prompts, meta, memo)
+        except Unjudged as error:
+            known = [i for i in range(len(prompts)) if i not in error.reasons]
+            if not known:
+                raise
+            scores, everyone = error.scores.to(media.device).clone(), error.scores[known].mean()
+            for i in error.reasons:
+                mine = [j for j in known if prompts[j] == prompts[i]]
+                scores[i] = error.scores[mine].mean() if mine else everyone
+            return scores
+
+    def combine(self, scores: list[Tensor]) -> Tensor:
+        """Return the member's scores."""
+        return scores[0]
 
 
 class Substitute(Composite):

@@ -137,6 +137,9 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert "preset published" in capsys.readouterr().out
     main(["cite", "flow-grpo"])
     assert "arXiv:2505.05470" in capsys.readouterr().out
+    main(["rewards"])
+    pick = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("pickscore"))
+    assert all(word in pick for word in ("image", "yes", "16 to 26", "77 tokens", "MIT", "yuvalkirstain/PickScore_v1"))
     main(["rewards", "--json"])
     assert any(c["name"] == "pickscore" for c in json.loads(capsys.readouterr().out))
     main(["--version"])

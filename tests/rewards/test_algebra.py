@@ -14,6 +14,7 @@ from flowalign.rewards.algebra import (
     Constrained,
     Constraint,
     LogSigmoid,
+    Masked,
     MicroBatch,
     Product,
     SoftMin,
@@ -298,6 +299,31 @@ def test_substitute_fills_only_what_cannot_be_judged(red, x):
     assert torch.allclose((Substitute(picky, 0.0) + red)(x, P)[[0, 2, 4]], 2 * means(x)[0][[0, 2, 4]])
     with pytest.raises(ValueError, match="finite"):
         Substitute(picky, math.nan)
+
+
+def test_masked_samples_have_no_advantage(red, x):
+    """What cannot be judged gets the mean of its prompt's judged samples: nobody's advantage changes, its own is 0."""
+
+    class Picky(Channel):
+        blind: tuple[int, ...] = (1, 4)
+
+        def score(self, media, prompts, meta):
+            scores = super().score(media, prompts, meta)
+            scores[list(self.blind)] = torch.nan
+            self.unjudged(scores, dict.fromkeys(self.blind, "no"))
+            return scores
+
+    picky, prompts = Picky(0, "picky"), ["a", "a", "a", "b", "c"]
+    got, true = Masked(picky)(x, prompts), means(x)[0]
+    assert torch.equal(got[[0, 2, 3]], true[[0, 2, 3]]) and torch.allclose(got[1], true[[0, 2]].mean())
+    assert torch.allclose(got[4], true[[0, 2, 3]].mean())  # nothing of its own prompt is known
+    assert torch.allclose(
+        got[:3] - got[:3].mean(), torch.stack([true[0], got[1], true[2]]) - true[[0, 2]].mean(), atol=1e-6
+    )
+    assert torch.allclose(got[1], got[:3].mean()) and torch.allclose((Masked(picky) + red)(x, prompts), got + true)
+    picky.blind = tuple(range(5))
+    with pytest.raises(Unjudged, match="5 of 5"):
+        Masked(picky)(x, prompts)
 
 
 def test_a_function_is_a_reward(x):

@@ -155,6 +155,9 @@ def test_samples_that_cannot_be_judged_get_a_value_only_if_asked_for(tmp_path, m
     with pytest.raises(ValueError, match="cannot judge 1 of 2"):
         load("picky_77:Picky")(x, ["", ""])
     assert load("picky_77:Picky?unjudged=-2")(x, ["", ""]).tolist() == [1.0, -2.0]
+    assert load("picky_77:Picky?unjudged=mask")(x, ["", ""]).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="a number, or mask"):
+        load("picky_77:Picky?unjudged=maks")
 
 
 def test_the_whole_package_is_reached_from_one_import():
