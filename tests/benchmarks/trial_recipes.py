@@ -35,7 +35,8 @@ def one(args: argparse.Namespace) -> None:
     from flowalign.ledger import Ledger
     from flowalign.policy import Policy
     from flowalign.prepare import prepare
-    from flowalign.run import Run, measure_drift
+    from flowalign.monitor import measure_drift
+    from flowalign.run import Run
 
     torch.set_num_threads(1)
     nested: dict[str, Any] = {"evaluation": {"every": args.every, "check": args.images}, "fit": {"seed": args.seed}}
