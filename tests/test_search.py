@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowalign.cli import main
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo
 from flowalign.ledger import Ledger
@@ -325,6 +327,7 @@ def test_noise_aware_rewards_are_saved_and_used(tmp_path: Path) -> None:
     file = tmp_path / "aware.safetensors"
     one = steer(Toy(), TTSnap(n=6, levels=(1,), keep=(0.5,), train=4, save=str(file)), Bright(), ["a"], steps=4)
     assert one.ledger.evaluations == 4 * 4 + 6 * 2 + 3 * 2 and one.ledger.rewards == 4 * 2 + 6 + 3
+    assert one.ledger.decodes == one.ledger.rewards + 1  # and the result's own
     loaded = NoiseAware.load(file)
     x0 = torch.randn(3, 3, 2, 2)
     assert loaded.times == [0.75] and loaded("bright", x0, 0.7, ["a"] * 3).shape == (3,)
@@ -423,3 +426,24 @@ def test_searches_run_on_a_fine_tuned_model(method: Steering) -> None:
     whole = steer(pipe, BestOfN(n=1), Bright(), ["a"], samples=64, steps=4, policy=policy)
     assert not torch.allclose(found.total, base.total, atol=1e-3)
     assert whole.total.min() < found.total.min() and found.total.max() < whole.total.max() + whole.total.std()
+
+
+COMMANDS = {
+    "ttsnap": ["--method.n", "4", "--method.levels", "1", "2", "--method.keep", "0.5", "0.5", "--method.train", "2",
+               "--method.distil.epochs", "1"],
+    "noise-search": ["--method.strategy", "random", "--method.rounds", "2"],
+    "rbf": ["--method.path", "vp", "--method.noise", "3"],
+    "beam": ["--method.width", "1"],
+    "reno": ["--method.iterations", "2", "--method.optimizer", "adamw", "--method.over", "all"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every search runs from the command line, its settings options, its results in a folder."""
+    options = ["--pipeline", "tests.runworld:pipeline", "--reward", "tests.toy:Bright", "--prompts", "a dark night",
+               "--samples", "2", "--steps", "4", "--output", str(tmp_path / "s")]  # fmt: skip
+    main(["steer", name, *options, *COMMANDS[name]])
+    summary = json.loads((tmp_path / "s/summary.json").read_text())
+    assert [r["prompt"] for r in summary["results"]] == ["a dark night"] * 2
+    assert summary["ledger"]["evaluations"] > 0 and "network evaluations" in capsys.readouterr().out
