@@ -183,6 +183,9 @@ class Run:
                 method: Any = getattr(module, "encode", None)
                 if session.module_memo and callable(method):
                     stack.enter_context(swapped(module, "encode", self._quiet(name + ".encode", method)))
+            if self.grad:
+                for module, name, value in self.tap.repaired():
+                    stack.enter_context(swapped(module, name, value))
             yield
 
     def _watch(self, name: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,8 @@ class Support:
         family: model family.
         status: passes, fails or not tried.
         why: the reason where it does not pass.
-        measured: largest differences by point of the contract.
+        measured: largest differences by point of the contract; ``draws`` is how often the solver draws noise in a step.
+        code: digest of what it was measured with.
     """
 
     pipeline: str
@@ -37,6 +38,7 @@ class Support:
     status: Status
     why: str
     measured: dict[str, float]
+    code: str = ""
 
 
 def pipeline_classes() -> list[str]:
@@ -90,4 +92,5 @@ def markdown(rows: list[Support]) -> str:
 
 
 def _number(row: Support, point: str) -> str:
-    return f"{row.measured[point]:.0e}" if point in row.measured else ""
+    shown = f"{row.measured[point]:.0e}" if point in row.measured else ""
+    return f"{shown} (noise)" if point == "rollout" and row.measured.get("draws") else shown

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from flowalign.pipelines.memo import Memo
+from flowalign.pipelines.quirks import repairs
 from flowalign.pipelines.run import Run
 from flowalign.pipelines.session import Halt, Session
 from flowalign.pipelines.shadow import RUN, shadow_class
@@ -58,6 +59,7 @@ class Tap:
         kind: Any = type(pipe)
         self.shadow_class = shadow_class(kind)
         self.device: tuple[Any, Any] | None = None
+        self.repairs: tuple[Any, list[tuple[nn.Module, str, Any]]] | None = None
         self.freed: dict[str, nn.Module] = {}
         memo.around = self.awake
 
@@ -80,6 +82,14 @@ class Tap:
         """Return the pipeline's networks by component name."""
         names = [k for k in self.pipe.config if not k.startswith("_")]
         return {k: vars(self.pipe)[k] for k in names if isinstance(vars(self.pipe).get(k), nn.Module)}
+
+    def repaired(self) -> list[tuple[nn.Module, str, Any]]:
+        """Return what is to be set on the networks while gradients are on; looked for once."""
+        modules = self.modules()
+        key = tuple(map(id, modules.values()))
+        if self.repairs is None or self.repairs[0] != key:
+            self.repairs = (key, repairs(modules.values()))
+        return self.repairs[1]
 
     def call(self, arguments: Mapping[str, Any], session: Session) -> Any:
         """Run the pipeline under a session; None where the session left it early.

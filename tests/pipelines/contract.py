@@ -174,7 +174,7 @@ def along_gradient(s: Subject, strict: bool = True) -> float:
     with KeepDouble() if wide else nullcontext():
         if wide and strict:
             return _along_gradient(s, (1e-5,), 1e-6)
-        return _along_gradient(s, (3e-2, 1e-2, 1e-1, 3e-3), 1e-2)
+        return _along_gradient(s, (1e-4, 1e-5) if wide else (3e-2, 1e-2, 1e-1, 3e-3), 1e-2)
 
 
 def _along_gradient(s: Subject, widths: tuple[float, ...], limit: float) -> float:
@@ -361,7 +361,7 @@ def check(name: str) -> dict[str, float]:
     s = subject(name)
     assert "scheduler" in inspect.signature(type(s.case.pipe).__init__).parameters
     before = fingerprint(s.case.pipe)
-    measured = {}
+    measured = {"draws": float(max(map(len, s.draws)))}
     for point, run in POINTS.items():
         if point == "gradient":  # from here on the networks carry a LoRA
             unchanged(s, before)
