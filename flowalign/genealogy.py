@@ -1,11 +1,12 @@
 """What a genealogy tells: how certain ``log Ẑ`` is, and who descends from whom, laid out for a picture.
 
-The variance of ``Ẑ / Z`` can be read off one run, from which first ancestors the weight has come down (Chan & Lai 2013;
-Lee & Whiteley 2018, Theorem 1 (unbiased for multinomial resampling, too large for the other schemes)):
+The variance of ``Ẑ / Z`` can be read off one run, from which first ancestors the weight has come down (Chan & Lai
+2013; Lee & Whiteley 2018, Theorem 1; unbiased for multinomial resampling):
 
     V = 1 - (N / (N - 1))^{m + 1} (1 - Σ_e W_e²),     W_e the final weight of those who descend from ancestor e
 
-after m resamplings. Without any, this is the squared standard error of the mean weight.
+after m resamplings. Without any, this is the squared standard error of the mean weight. Measured here: right for
+systematic resampling where the ESS calls for it (threshold .5), below zero, so of no use, where it comes at every level.
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ from torch import Tensor
 
 from flowalign.trajectory import Trajectory
 
-__all__ = ["Family", "Member", "evidence_error", "family"]
+__all__ = ["Family", "Member", "evidence_error", "evidence_variance", "family"]
 
 
 def evidence_error(tree: Trajectory) -> Tensor:
-    """Return the standard error of ``log Ẑ`` of each row, ``(n_rows,)``; NaN where the genealogy cannot tell.
+    """Return the standard error of ``log Ẑ`` of each row, ``√V (n_rows,)``; NaN where the genealogy cannot tell.
 
-    It cannot where all weight goes back to one ancestor: then every particle has seen the same past.
+    V is noisy where few particles are resampled often, and may be negative; where all weight goes back to one ancestor
+    it is 1 whatever the truth.
     """
+    variance = evidence_variance(tree)
+    return torch.where((variance > 0) & (variance < 1), variance.clamp(0, 1).sqrt(), torch.nan)
+
+
+def evidence_variance(tree: Trajectory) -> Tensor:
+    """Return V of each row, ``(n_rows,)``: unbiased for ``Var(Ẑ / Z)`` under multinomial resampling at fixed levels."""
     leaves, eve = tree.leaves, tree.lineage()[tree.first]
     weights = tree.weights().double().cpu()
     out = torch.full((tree.n_rows,), torch.nan, dtype=torch.float64)
     for row in range(tree.n_rows):
         mine = (leaves.row == row).nonzero().flatten()
         n = len(mine)
-        if n < 2:
-            continue
-        heirs = torch.zeros(len(tree.at(tree.first)), dtype=torch.float64).index_add(0, eve[mine], weights[mine])
-        if int((heirs > 0).sum()) < 2:
-            continue
-        times = sum(_resampled(tree, k, row) for k in range(tree.first + 1, len(tree.levels)))
-        variance = 1 - (n / (n - 1)) ** (times + 1) * (1 - float((heirs**2).sum()))
-        out[row] = variance**0.5 if variance > 0 else torch.nan
+        if n > 1:
+            heirs = torch.zeros(len(tree.at(tree.first)), dtype=torch.float64).index_add(0, eve[mine], weights[mine])
+            times = sum(_resampled(tree, k, row) for k in range(tree.first + 1, len(tree.levels)))
+            out[row] = 1 - (n / (n - 1)) ** (times + 1) * (1 - float((heirs**2).sum()))
     return out
 
 
