@@ -55,7 +55,7 @@ def test_file_over_preset(tmp_path: Path) -> None:
         ("method: {name: flow-grpo, ratio: exact}", "one of per_dim, mse, density, guard"),
         ("method: flow-grpo\nfit: {size: 0}", "size must be at least 1; got 0"),
         ("method: flow-grpo\nevaluation: {images: 0}", "evaluation.images must be at least 1"),
-        ("method: flow-grpo\npreset: fast", "no preset 'fast'; it has published, demo"),
+        ("method: flow-grpo\npreset: fast", "no preset 'fast'; it has published, published-cps, demo"),
         ("fit: {lr: 1}", "no method is named"),
         ("- a\n- b", "must be a mapping"),
         ("a: [", "cannot be read"),
