@@ -96,6 +96,7 @@ class RunConfig:
         precision: of the network; kernels and log-probabilities always are float32.
         device: cpu, cuda, ...; auto takes cuda where there is one.
         chunk: samples per forward pass where memory is short; None for all at once.
+        memory_budget: like 8GiB: choose micro-batches, recomputation and pieces that fit; None to leave them as set.
         evaluation: before and after.
         trackers: what else metrics go to: tensorboard, wandb, trackio.
         max_wall: seconds of training and its checks by the clock, after which the run ends; None for no limit.
@@ -118,6 +119,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     chunk: int | None = None
+    memory_budget: str | None = None
     evaluation: Evaluation = field(default_factory=Evaluation)
     trackers: tuple[str, ...] = ("tensorboard",)
     max_wall: float | None = None

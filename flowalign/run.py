@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from flowalign.prepare import prepare
 from flowalign.recipe import Recipe
 from flowalign.result import save_result
 from flowalign.summary import summarise
+
+if TYPE_CHECKING:
+    from flowalign.memory_plan import MemoryPlan
 
 __all__ = ["Run", "train"]
 
@@ -127,8 +130,31 @@ def start(config: RunConfig, resume: bool = False) -> Run:
     )  # fmt: skip
     other = Policy(job.judged, policy.roles, Ledger(), config.chunk, job.frozen)
     _probe(job, recipe, policy)
+    planned = None
+    if config.memory_budget is not None:
+        recipe, planned = _fit_memory(job, recipe, policy, parameters)
     folder = Folder.open(config, resume)
+    if planned is not None:
+        (folder.path / "memory.txt").write_text(f"{planned}\n")
     return Run(job, folder, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
+
+
+def _fit_memory(job: Job, recipe: Recipe, policy: Policy, parameters: list[nn.Parameter]) -> tuple[Recipe, MemoryPlan]:
+    """Choose micro-batches and recomputation that fit the budget, and set them; see :mod:`flowalign.memory_plan`.
+
+    Raises:
+        ValueError: if nothing fits.
+    """
+    from flowalign.memory_plan import fit_memory, parse_bytes
+
+    o = job.config.fit
+    budget = parse_bytes(job.config.memory_budget or "")
+    collector = Collector(job.pipeline, job.scorer, policy, recipe, o.steps, o.seed)
+    draw = job.source.draw(0, 1, 2 if job.source.alike else o.size)
+    plan = fit_memory(collector, draw, parameters, o, budget)
+    recipe, options = plan.apply(collector, o)
+    job.config = replace(job.config, fit=options)
+    return recipe, plan
 
 
 def _probe(job: Job, recipe: Recipe, policy: Policy) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flowalign.hearing import Heard, hearing
 from flowalign.learner import learners_of
@@ -31,6 +32,7 @@ class Scorer:
         ledger: what decodes and reward calls are booked on.
         chunk: samples decoded and judged at a time.
         pause: what happens while a judge is away.
+        checkpoint: decode and judge a chunk again in the backward pass instead of keeping its activations.
 
     Attributes:
         learners: what learns in the rewards.
@@ -48,6 +50,7 @@ class Scorer:
         ledger: Ledger | None = None,
         chunk: int = 256,
         pause: Pause | None = None,
+        checkpoint: bool = False,
     ) -> None:
         if not rewards:
             raise ValueError("no reward given: name at least one.")
@@ -58,7 +61,7 @@ class Scorer:
             if pipeline.modality not in reward.card.modality:
                 looks = " or ".join(reward.card.modality)
                 raise ValueError(f"reward {name!r} judges {looks}, and this pipeline makes {pipeline.modality}.")
-        self.pipeline, self.rewards, self.chunk = pipeline, dict(rewards), chunk
+        self.pipeline, self.rewards, self.chunk, self.checkpoint = pipeline, dict(rewards), chunk, checkpoint
         self.weights = {n: float((weights or {}).get(n, 1.0)) for n in rewards}
         self.ledger = ledger if ledger is not None else Ledger()
         self.pause = pause if pause is not None else Pause()
@@ -143,8 +146,29 @@ class Bound:
 
     def __call__(self, x0: Tensor, row: Tensor, *, learn: bool = False) -> dict[str, Tensor]:
         """Decode and score in chunks; gradients flow where the mode allows. For ``learn`` see :meth:`Scorer.judge`."""
-        parts = [self.scorer.judge(*p, learn=learn) for p in self.pieces(x0, row)]
+        if self.scorer.checkpoint and torch.is_grad_enabled() and x0.requires_grad:
+            index = torch.arange(len(x0)).split(self.scorer.chunk)
+            parts = [self._again(x0[i.to(x0.device)], row[i], learn) for i in index]
+        else:
+            parts = [self.scorer.judge(*p, learn=learn) for p in self.pieces(x0, row)]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+    def _again(self, x0: Tensor, row: Tensor, learn: bool) -> dict[str, Tensor]:
+        """Judge one chunk under a gradient checkpoint; the second time books nothing and tells no learner."""
+        names, ledger, runs = list(self.scorer.rewards), self.scorer.ledger, 0
+
+        def forward(x: Tensor) -> tuple[Tensor, ...]:
+            nonlocal runs
+            booked, runs = (ledger.decodes, ledger.rewards), runs + 1
+            try:  # the recomputation may be left early, by an exception
+                ((media, prompts, meta),) = self.pieces(x, row)
+                scores = self.scorer.judge(media, prompts, meta, learn=learn and runs == 1)
+            finally:
+                if runs > 1:
+                    ledger.decodes, ledger.rewards = booked
+            return tuple(scores[n] for n in names)
+
+        return dict(zip(names, run_checkpointed(forward, x0, use_reentrant=False), strict=True))
 
     def pieces(self, x0: Tensor, row: Tensor) -> Iterator[tuple[Tensor, list[str], list | None]]:
         """Yield media, prompts and meta of one chunk after the other."""
