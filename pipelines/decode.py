@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flowalign.pipelines.frames import Decode, Layout, choose, read_sketch, sketching
 from flowalign.pipelines.latents import Unpacking, encode_media, learn_unpacking
@@ -24,6 +23,7 @@ from flowalign.pipelines.patching import swapped
 from flowalign.pipelines.session import Halt, Visit
 from flowalign.pipelines.straight import StraightThrough
 from flowalign.protocols import check_media
+from flowalign.replay import checkpointed
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
@@ -61,7 +61,8 @@ class Decoder:
                 index = torch.tensor(group[i : i + (chunk or len(group))])
                 piece, rows = x[index.to(x.device)], cond[index]
                 if checkpoint and torch.is_grad_enabled():
-                    parts.append(run_checkpointed(functools.partial(decode, cond=rows), piece, use_reentrant=False))
+                    name = f"the decoder of {type(self.adapter.pipe).__name__}"
+                    parts.append(checkpointed(functools.partial(decode, cond=rows), piece, name))
                 else:
                     parts.append(decode(piece, cond=rows))
         media = parts[0] if len(parts) == 1 else torch.cat(parts)

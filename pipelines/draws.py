@@ -80,7 +80,8 @@ class _Watched:
     """A Brownian tree whose answers are written down; stays on the solver for the steps to come."""
 
     def __init__(self, sampler: Any, drawn: list[Tensor]) -> None:
-        self.sampler, self.drawn = (sampler.sampler if isinstance(sampler, _Watched) else sampler), drawn
+        self.sampler: Any = sampler.sampler if isinstance(sampler, _Watched) else sampler
+        self.drawn = drawn
 
     def __call__(self, *sigmas: Any) -> Tensor:
         """Return what the tree returns."""
