@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowalign import checkpoint
 from flowalign.adjoint import LeanAdjoint
 from flowalign.collect import Collector, collect
+from flowalign.credit import Group
 from flowalign.experience import same
 from flowalign.keeper import Keeper
 from flowalign.ledger import Ledger
@@ -209,7 +210,8 @@ def check_gradients(pipeline: Pipeline, scorer: Scorer, recipe: Recipe) -> None:
             "scaled up by the guidance at every step, and the adjoint blows up. Set guidance: false for training; the "
             "result can be sampled with guidance."
         )
-    if recipe.restraint.ceiling is not None and recipe.per_reward:
+    apart = recipe.per_reward or (isinstance(recipe.credit, Group) and recipe.credit.per_reward)
+    if recipe.restraint.ceiling is not None and apart:
         raise ValueError(
             "restraint.ceiling cuts the weighted sum of the rewards, and this method has one advantage for each "
             "reward. Put a ceiling on the reward itself (flowalign.rewards.transforms.Clip)."

@@ -3,6 +3,8 @@
 A pause falls in the middle of an iteration. What is saved then is the state with which the iteration began: the weights
 have not moved since, as all samples are judged before the first update, and the rest, which a rollout does change (the
 ledger, windows, the random state), is kept aside. Resuming does the iteration anew and ends up at the same bits.
+
+A gradient that is not finite stops the run in the same way: the last good weights are saved before the error goes out.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ class Keeper:
 
     @contextmanager
     def pausing(self, scorer: Scorer, stop: Callable[[], bool]) -> Iterator[None]:
-        """Save if a judge pauses the iteration inside, and end the pause when the run is to stop."""
+        """Save if a judge pauses the iteration inside, or a number in it is not finite; end the pause on ``stop``."""
         steps, pause = self.trainer.steps, scorer.pause
         around = copy.deepcopy(self.trainer.around()) if self.folder is not None else {}
         scorer.pause = replace(pause, save=lambda: self._paused(steps, around), stop=stop)
         try:
             yield
+        except FloatingPointError:
+            self._saved(around if steps == self.trainer.steps else {})
+            raise
         finally:
             scorer.pause = pause
 
@@ -56,15 +61,21 @@ class Keeper:
             state = {**self.trainer.state_dict(), **around, "metrics": self.metrics}
             checkpoint.save(self.folder, self.trainer.iteration, state)
 
+    def _saved(self, around: Mapping[str, Any]) -> Path | None:
+        """Save what there is under this iteration's name unless it is there; return the newest checkpoint."""
+        if self.folder is None:
+            return None
+        path = checkpoint.latest(self.folder)
+        if self.trainer.iteration and (path is None or path.name != checkpoint.name(self.trainer.iteration)):
+            self._save(around)
+            path = checkpoint.latest(self.folder)
+        return path
+
     def _paused(self, steps: int, around: Mapping[str, Any]) -> str:
         """Save the beginning of this iteration if it can be and is not there; say from where a resumed run goes on."""
         if self.folder is None:
             return "No folder was given, so nothing can be resumed once it ends."
-        iteration, path = self.trainer.iteration, checkpoint.latest(self.folder)
-        there = path is not None and path.name == checkpoint.name(iteration)
-        if iteration and not there and steps == self.trainer.steps:
-            self._save(around)
-            path = checkpoint.latest(self.folder)
+        path = self._saved(around) if steps == self.trainer.steps else checkpoint.latest(self.folder)
         return (
             f"Resuming would go on from {path}." if path is not None else "Resuming would begin anew: nothing is done."
         )

@@ -17,8 +17,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flowalign"
 CORE = (
     "adjoint", "batches", "checkpoint", "credit", "experience", "gaussian", "guidance", "hearing", "kernels", "laws",
-    "learner", "ledger", "noise", "objectives", "pause", "policy", "potentials", "process", "protocols", "rollout",
-    "selection", "state", "trajectory", "values",
+    "learner", "ledger", "noise", "objectives", "pause", "policy", "potentials", "process", "protocols", "replay",
+    "rollout", "selection", "state", "trajectory", "values",
 )  # fmt: skip
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
