@@ -150,9 +150,9 @@ class Adapter:
     def examine(self, cond: Inputs | None = None) -> Verdict:
         """Run the self-test on a condition (an example prompt when None) and keep its verdict."""
         self.pending = False
-        steps = self.steps
+        steps, kept, self.setting = self.steps, self.setting, None  # nobody compares densities with the self-test's
         self.verdict = examine(self, cond[torch.tensor([0])] if cond is not None else self.sample())
-        self.steps = steps
+        self.steps, self.setting = steps, kept
         if self.verdict.status == "fails":
             warnings.warn(
                 f"flowalign self-test: {self.verdict}. Results with this pipeline are not to be trusted.", stacklevel=2
