@@ -27,7 +27,8 @@ def convention(scheduler: Any) -> Convention:
     prediction = config.get("prediction_type", "epsilon")
     n = float(config.get("num_train_timesteps", 1000) or 1000)
     flow = prediction in ("flow", "flow_prediction") or bool(config.get("use_flow_sigmas", False))
-    if flow or name.startswith(("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "Helios")):
+    kinds = [kind.__name__ for kind in type(scheduler).__mro__]  # flowalign's own schedulers are subclasses
+    if flow or any(kind.startswith(("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "Helios")) for kind in kinds):
         top = float(config.get("sigma_max") or 1.0)
         if top > 1 and config.get("use_karras_sigmas"):  # Cosmos 2: σ up to 80, and the "velocity" is dx/dσ = ε
             return KDiffusion(Karras(top, 7.0), "epsilon", int(n))

@@ -7,6 +7,10 @@
 
 Each step leaves a :class:`StepRecord` with mean, std, noise and log-probability in ``scheduler.trace``.
 
+A pipeline saved with one of these is read by plain ``DiffusionPipeline.from_pretrained``, kernel and level included,
+once ``flowalign.pipelines.schedulers`` has been imported (diffusers imports no module because a folder names it, and
+says so). ``FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`` is the stock scheduler of the same grid.
+
 Most flow pipelines do not hand their ``generator`` to ``step``. The noise is therefore a pure function of the first
 sample of the call (per sample: its bytes, hashed) and the number of the step: the pipeline draws that first sample from
 ``generator``, so the whole call is reproducible from it, and a sample does not depend on its neighbours in the batch. A
@@ -22,6 +26,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks here for the base class of a saved scheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -176,11 +181,22 @@ class FlowSdeScheduler(_Sampler, FlowMatchEulerDiscreteScheduler):
         level: float = 0.7,
     ) -> None:
         kernel_of(kernel, level)
-        super().__init__(
-            num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len,
-            max_image_seq_len, invert_sigmas, shift_terminal, use_karras_sigmas, use_exponential_sigmas,
-            use_beta_sigmas, time_shift_type, stochastic_sampling,
-        )  # fmt: skip
+        super().__init__(  # by name: diffusers takes positional arguments for defaults, and drops them
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            base_shift=base_shift,
+            max_shift=max_shift,
+            base_image_seq_len=base_image_seq_len,
+            max_image_seq_len=max_image_seq_len,
+            invert_sigmas=invert_sigmas,
+            shift_terminal=shift_terminal,
+            use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas,
+            time_shift_type=time_shift_type,
+            stochastic_sampling=stochastic_sampling,
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -253,11 +269,23 @@ class DiffusionSdeScheduler(_Sampler, DDIMScheduler):
         level: float = 1.0,
     ) -> None:
         kernel_of(kernel, level)
-        super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, set_alpha_to_one,
-            steps_offset, prediction_type, thresholding, dynamic_thresholding_ratio, clip_sample_range,
-            sample_max_value, timestep_spacing, rescale_betas_zero_snr,
-        )  # fmt: skip
+        super().__init__(  # by name: diffusers takes positional arguments for defaults, and drops them
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one,
+            steps_offset=steps_offset,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
 
     def _convention(self) -> Convention:
         return convention(self)

@@ -1,10 +1,12 @@
 """The drop-in the other way: a plain ``pipe(...)`` call samples with our kernels."""
 
+import sys
+
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-from flowalign.pipelines import load
+from flowalign.pipelines import load, schedulers
 from flowalign.pipelines.schedulers import DiffusionSdeScheduler, FlowSdeScheduler, kernel_of
 from tests.pipelines.contract import split
 from tests.zoo import build
@@ -84,3 +86,46 @@ def test_wrong_family_and_wrong_kernel_are_refused():
         DiffusionSdeScheduler.from_config(case.pipe.scheduler.config, kernel="euler")
     with pytest.raises(ValueError, match="negative"):
         DiffusionSdeScheduler.from_config(case.pipe.scheduler.config, level=-1.0)
+
+
+OURS = {
+    "StableDiffusion3": (FlowSdeScheduler, FlowMatchEulerDiscreteScheduler, {"kernel": "constant", "level": 0.3}),
+    "StableDiffusion": (DiffusionSdeScheduler, DDIMScheduler, {"kernel": "ddim", "level": 0.6}),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_saved_and_loaded_again(name, tmp_path, monkeypatch):
+    """A folder written with our scheduler gives the same samples; without ours imported, diffusers says what to do."""
+    kind, _, options = OURS[name]
+    case = build(name)
+    case.pipe.scheduler = kind.from_config(case.pipe.scheduler.config, **options)
+    want = call(case.pipe, case.inputs)
+    case.pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is kind
+    assert torch.equal(call(again, case.inputs), want)
+    assert torch.equal(call(load(tmp_path, check=False).pipe, case.inputs), want)
+    monkeypatch.delitem(sys.modules, schedulers.__name__)
+    with pytest.raises(ValueError, match=r"import flowalign\.pipelines\.schedulers before"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(load(tmp_path, check=False).pipe.scheduler).__name__ == kind.__name__  # load() imports it
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_configuration_goes_round(name):
+    """Stock to ours to ours to stock: nothing that was set is lost, nor taken for a default."""
+    kind, plain, options = OURS[name]
+    odd = {"shift": 2.5} if plain is FlowMatchEulerDiscreteScheduler else {"beta_end": 0.015, "clip_sample": False}
+    stock = plain(num_train_timesteps=500, **odd)
+    ours = kind.from_config(stock.config, **options)
+    twice = kind.from_config(ours.config)
+    back = plain.from_config(twice.config)
+    own = {k: v for k, v in stock.config.items() if not k.startswith("_")}
+    for other in (ours, twice, back):
+        assert {k: other.config[k] for k in own} == own
+    assert {k: twice.config[k] for k in options} == options
+    stock.set_timesteps(5)
+    twice.set_timesteps(5)
+    back.set_timesteps(5)
+    assert torch.equal(stock.timesteps, twice.timesteps) and torch.equal(stock.timesteps, back.timesteps)
