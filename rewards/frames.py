@@ -11,18 +11,19 @@ F = 16 frames, λ = 1, HPS v2); ``i`` counts segments here, and the paper's cent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
+from flowalign.learner import Learner, learners_of
 from flowalign.protocols import Card, Meta, Reward
 from flowalign.rewards.base import Judge
 from flowalign.rewards.names import load
 
-__all__ = ["FrameReward", "attenuation", "segment_frames"]
+__all__ = ["Draws", "FrameReward", "attenuation", "segment_frames"]
 
 
 def attenuation(segments: int, rate: float = 1.0) -> Tensor:
@@ -57,8 +58,9 @@ def segment_frames(frames: int, segments: int, generator: torch.Generator | None
 class FrameReward(Judge):
     """An image reward made into a video reward.
 
-    One draw of frames serves the whole batch, so that the samples of a group are compared on the same frames. The n-th
-    call of a reward with a given seed draws the same frames wherever it runs; ``draws`` holds n for a resume.
+    One draw of frames serves a whole iteration, so that the samples of a group are compared on the same frames whatever
+    batches they come in. The training loop moves on to the next draw once per iteration and saves where it is
+    (:class:`Draws`); in a loop of your own, raise ``draws`` by one. The n-th draw of a seed is the same everywhere.
 
     Args:
         reward: the image reward, or its name; it sees ``(B S, 3, H, W)`` in one call.
@@ -100,6 +102,7 @@ class FrameReward(Judge):
         self.draw = draw
         self.seed = seed
         self.draws = 0
+        self.turn = Draws(self)
         self.card = self._card(inner.card)
 
     def _card(self, inner: Card) -> Card:
@@ -113,10 +116,13 @@ class FrameReward(Judge):
             reference=f"{inner.reference}; InstructVideo, arXiv 2312.12490".lstrip("; "),
         )
 
+    def learners(self) -> tuple[Learner, ...]:
+        """Return what counts the draws, after what learns in the reward inside."""
+        return (*learners_of([self.reward]), self.turn)
+
     def score(self, media: Tensor, prompts: Sequence[str], meta: Meta | None) -> Tensor:
         """Return ``(B,)`` scores of videos ``(B, F, 3, H, W)``, S dividing F."""
         index = segment_frames(media.shape[1], self.segments, self._generator())
-        self.draws += 1
         stills = media[:, index.to(media.device)].flatten(0, 1)
         words = [prompt for prompt in prompts for _ in range(self.segments)]
         extras = None if meta is None else [entry for entry in meta for _ in range(self.segments)]
@@ -135,3 +141,23 @@ class FrameReward(Judge):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Resume the sequence of draws."""
         self.draws = int(state["draws"])
+
+
+class Draws(Learner):
+    """Which draw of frames a :class:`FrameReward` is at: the next one each iteration, saved with the run."""
+
+    def __init__(self, reward: FrameReward) -> None:
+        self.reward = reward
+
+    def learn(self, heard: Sequence[Any], seed: int, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Move on."""
+        self.reward.draws += 1
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the draw."""
+        return {"draws": self.reward.draws}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+        self.reward.draws = int(state["draws"])

@@ -23,6 +23,7 @@ from flowalign.fit import fit
 from flowalign.hearing import hearing, tell
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo
+from flowalign.learner import Learner
 from flowalign.methods.tree_grpo import TreeGRPO
 from flowalign.objectives import Backprop, Clip, DiffusionNFT
 from flowalign.options import FitOptions
@@ -34,6 +35,7 @@ from flowalign.rewards.algebra import Cached, Constrained, Constraint, LogSigmoi
 from flowalign.rewards.backbones import VitBackbone
 from flowalign.rewards.data import read_folder
 from flowalign.rewards.discriminator import Discriminator
+from flowalign.rewards.frames import FrameReward
 from flowalign.rewards.quality import Smoothness
 from flowalign.rewards.remote import Patience, RemoteReward
 from flowalign.rewards.training import HeadSpec, Settings, Trained, train
@@ -109,8 +111,10 @@ def test_the_loop_moves_multipliers_once_per_iteration_by_the_raw_values_of_its_
             return super().step(values)
 
     inner.__class__ = Watching
-    _, stream, scorer = start(0.5 * MicroBatch(inner, 3) + Bright(), replace(OPTIONS, updates=2, iterations=1))
+    toy, stream, scorer = start(0.5 * MicroBatch(inner, 3) + Bright(), replace(OPTIONS, updates=2, iterations=1))
     scorer.chunk = 10
+    probe = Collector(toy, scorer, prepare(toy, None)[0], grpo(), 2, 0)
+    collect(probe, Prompts(["a"]).draw(0, 1, 2), 0)  # what a run does before it starts: of no account
     with torch.no_grad():
         scorer.judge(torch.rand(7, 3, 2, 2), ["a"] * 7)  # an evaluation, before: of no account
     first = next(stream)
@@ -215,12 +219,31 @@ def test_scoring_elsewhere_never_trains_the_head(vit: str, tmp_path: Path) -> No
             bad()
 
 
-@pytest.mark.parametrize("kind", ["constraint", "discriminator"])
-def test_what_rewards_learn_resumes_bit_for_bit(kind: str, vit: str, tmp_path: Path) -> None:
-    """Multipliers, head and optimiser go on where the checkpoint left them; a fresh reward is brought up to it."""
-    make = {"constraint": lambda: 2 * bounded(), "discriminator": lambda: adversarial(vit)}[kind]
-    whole, stream, _ = start(make(), folder=tmp_path / "a")
+class Film(Toy):
+    """The toy's picture as a video that fades in."""
+
+    modality = "video"
+
+    def decode(self, x: torch.Tensor, cond: Any) -> torch.Tensor:
+        return super().decode(x, cond).unsqueeze(1) * torch.linspace(0.2, 1, 8).view(1, 8, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["constraint", "discriminator", "drawn frames"])
+def test_what_rewards_learn_resumes_bit_for_bit(
+    kind: str, vit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multipliers, head, optimiser and draws go on where the checkpoint left them, in a fresh reward."""
+    make = {
+        "constraint": lambda: 2 * bounded(),
+        "discriminator": lambda: adversarial(vit),
+        "drawn frames": lambda: 2 * FrameReward(reward("bright", differentiable=True)(lambda x, p, m: Bright()(x, p))),
+    }[kind]
+    if kind == "drawn frames":
+        monkeypatch.setattr(sys.modules[__name__], "Toy", Film)
+    whole, stream, scorer = start(make(), folder=tmp_path / "a")
     metrics = timeless(stream)
+    if kind == "drawn frames":
+        assert scorer.learners[0].state_dict() == {"draws": 6}
     _, stream, _ = start(make(), folder=tmp_path / "b")
     for _ in range(3):
         next(stream)
@@ -295,6 +318,13 @@ class Flickering:
 
 def quick(said: list[str], **kw: Any) -> Pause:
     return Pause(first=0.01, longest=0.02, say=said.append, **kw)
+
+
+def test_what_was_told_before_a_judge_fell_away_is_told_once() -> None:
+    """A sum of a constraint and a judge that is away at first: asked again, the constraint's values count once."""
+    judge = Scorer(Toy(), {"r": bounded() + Flickering({1, 2})}, pause=quick([]))
+    judge.judge(torch.rand(5, 3, 2, 2), [""] * 5, learn=True)
+    assert [tuple(what.shape) for _, what in judge.heard] == [(5, 1)]
 
 
 @pytest.mark.parametrize("overlap", [1, 4])
@@ -517,6 +547,24 @@ def test_parts_side_by_side_are_the_one_rollout(name: str) -> None:
             assert (a is None and b is None) or torch.allclose(a, b, atol=1e-3, equal_nan=True)
         steps = tree.transitions(recipe.credit(made[parts]))
         assert (steps.mean is not None) == (name == "kept") and len(steps) > 0
+
+
+def test_learners_know_the_prompts_of_the_part_and_then_of_the_whole() -> None:
+    """A value network looks prompts up by row: those of the part while it is rolled out, of the draw for the credit."""
+
+    class Ears(Learner):
+        def __init__(self) -> None:
+            self.calls: list[list[str]] = []
+
+        def enter(self, prompts) -> None:
+            self.calls.append(list(prompts))
+
+    ears, toy = Ears(), Toy()
+    recipe = replace(grpo(), learners=(ears,))
+    collector = Collector(toy, Scorer(toy, {"b": Bright()}), prepare(toy, None)[0], recipe, 4, 0, overlap=2)
+    draw = Prompts(["a", "b", "c"]).draw(0, 3, 2)
+    collect(collector, draw, 0)
+    assert ears.calls == [draw.prompts[:2], draw.prompts[2:], draw.prompts]
 
 
 def test_overlapped_runs_resume_bit_for_bit(tmp_path: Path) -> None:

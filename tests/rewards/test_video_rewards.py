@@ -419,12 +419,16 @@ def test_frame_reward_equals_its_formula_and_resumes():
         inner.seen[1] == ["a"] * 4 + ["bb"] * 4 + ["ccc"] * 4
         and [m["k"] for m in inner.seen[2]] == [0] * 4 + [1] * 4 + [2] * 4
     )
-    drawn_twice = FrameReward(inner, seed=3)
-    first, state, second = drawn_twice(video, prompts), drawn_twice.state_dict(), drawn_twice(video, prompts)
-    other = FrameReward(inner, seed=3)
-    assert torch.equal(other(video, prompts), first) and not torch.equal(first, second)
+    drawn = FrameReward(inner, seed=3)
+    first = drawn(video, prompts)
+    assert torch.equal(drawn(video, prompts), first)  # one draw for all that an iteration asks
+    (turn,) = drawn.learners()
+    turn.learn([], 0, lambda v: v)
+    second, state = drawn(video, prompts), turn.state_dict()
+    assert not torch.equal(first, second) and drawn.state_dict() != FrameReward(inner, seed=3).state_dict()
     resumed = FrameReward(inner, seed=3)
-    resumed.load_state_dict(state)
+    assert torch.equal(resumed(video, prompts), first)
+    resumed.turn.load_state_dict(state)
     assert torch.equal(resumed(video, prompts), second)
     with pytest.raises(ValueError, match="single images"):
         FrameReward(reward)
