@@ -94,8 +94,23 @@ def test_bad_input() -> None:
 
 def test_budget_and_prompts() -> None:
     """From the public door, with pictures in the prompts' meta."""
-    prompts = [Prompt(p, {"image": torch.rand(3, 2, 2)}) for p in ("a", "c dark")]
+    prompts = [Prompt(p, {"image": torch.rand(*shape)}) for p, shape in (("a", (3, 2, 2)), ("c dark", (1, 3, 2, 2)))]
     found = steer(Toy(), UPSR(n=2), Bright(), prompts, samples=2, steps=5)
     assert found.row.tolist() == [0, 0, 1, 1] and found.ledger.evaluations == 2 + 8 * 3
     short = steer(Toy(), UPSR(n=4, start=1.0, noise=0.7), Bright(), prompts, samples=2, steps=5, budget="100rewards")
     assert short.ledger.rewards <= 100
+
+
+@pytest.mark.slow
+def test_on_the_super_resolution_world() -> None:
+    """The world's own pipeline, untrained: maps over its packed tokens, from its pairs."""
+    from flowalign.loading import load
+    from flowalign.pipelines.worlds import superres
+
+    generator = load(superres.build(), {"height": 32, "width": 32, "max_sequence_length": 8})
+    pairs = superres.draw(torch.Generator().manual_seed(0), 2)
+    pictures = superres.enlarge(pairs.low)[:, None]
+    prompts = [Prompt(p, {"control_image": c}) for p, c in zip(pairs.prompts, pictures, strict=True)]
+    for method, evaluations in ((UPSR(psi=0.5), 2 + 4 * 2), (UPSR(psi=0.5, start=1.0, noise=0.7), 2 + 4 * 5)):
+        found = steer(generator, method, Bright(), prompts, samples=2, steps=5)
+        assert found.media.shape == (4, 3, 32, 32) and found.ledger.evaluations == evaluations

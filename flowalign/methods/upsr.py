@@ -138,7 +138,9 @@ def enlarged(task: Task) -> Tensor:
     missing = [i for i, p in enumerate(pictures) if not isinstance(p, Tensor)]
     if missing:
         raise ValueError(
-            f"super-resolution needs the enlarged picture of every prompt, a (3, H, W) tensor in [0, 1] under its "
-            f"meta's control_image or image; prompt {missing[0]} has none. Pass Prompt(text, meta={{...}})."
+            f"super-resolution needs the enlarged picture of every prompt, a (3, H, W) or (1, 3, H, W) tensor in [0, 1] "
+            f"under control_image or image of its meta; prompt {missing[0]} has none. Pass Prompt(text, meta={{...}})."
         )
-    return task.pipeline.latents(torch.stack([p for p in pictures if isinstance(p, Tensor)]), task.judge.cond)
+    # a pipeline may want them as batches of one
+    media = torch.stack([p.reshape(p.shape[-3:]) for p in pictures if isinstance(p, Tensor)])
+    return task.pipeline.latents(media.to(torch.float32), task.judge.cond)
