@@ -138,7 +138,7 @@ def enlarged(task: Task) -> Tensor:
     missing = [i for i, p in enumerate(pictures) if not isinstance(p, Tensor)]
     if missing:
         raise ValueError(
-            f"super-resolution needs the enlarged picture of every prompt, a (3, H, W) or (1, 3, H, W) tensor in [0, 1] "
+            f"super-resolution needs every prompt's enlarged picture, a (3, H, W) or (1, 3, H, W) tensor in [0, 1] "
             f"under control_image or image of its meta; prompt {missing[0]} has none. Pass Prompt(text, meta={{...}})."
         )
     # a pipeline may want them as batches of one
