@@ -9,7 +9,7 @@ Each step leaves a :class:`StepRecord` with mean, std, noise and log-probability
 
 A pipeline saved with one of these is read by plain ``DiffusionPipeline.from_pretrained``, kernel and level included,
 once ``flowalign.pipelines.schedulers`` has been imported (diffusers imports no module because a folder names it, and
-says so). ``FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`` is the stock scheduler of the same grid.
+says so). ``FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)`` gives the stock one of the same grid.
 
 Most flow pipelines do not hand their ``generator`` to ``step``. The noise is therefore a pure function of the first
 sample of the call (per sample: its bytes, hashed) and the number of the step: the pipeline draws that first sample from

@@ -1,6 +1,7 @@
 """What the adapter costs: its ODE rollout against ``pipe(...)``, both in one run, alternating.
 
-    python -m tests.benchmarks.bench_pipelines            CPU: tiny SD3 and Wan at batch 2, the demo model
+    python -m tests.benchmarks.bench_pipelines            CPU: tiny SD3 and Wan at batch 2, the demo model at batch 64
+    python -m tests.benchmarks.bench_pipelines --demo     the demo model alone
     python -m tests.benchmarks.bench_pipelines --gpu      random SD3.5-medium-sized and Wan-1.3B-sized models, bf16
 
 Targets: at most 2 ms more per step on the tiny models, 1.05x on the demo model at batch 64; 1.02x and equal peak memory
@@ -10,18 +11,19 @@ Targets: at most 2 ms more per step on the tiny models, 1.05x on the demo model 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
 from flowalign.pipelines import Handover, load
+from flowalign.pipelines.worlds import path
 from tests.pipelines.contract import split
 from tests.zoo import build
 
@@ -102,17 +104,20 @@ def compare(
 
 
 def tiny(repeats: int) -> list[Result]:
-    """The tiny SD3 and Wan of the zoo at batch 2, and the demo model at batch 64 if there is one."""
+    """The tiny SD3 and Wan of the zoo at batch 2."""
     rows = []
     for name in ("StableDiffusion3", "Wan"):
         case = build(name)
         prompt, meta, call = split(case.inputs)
         rows.append(compare(f"tiny {name}", case.pipe, call, [prompt, prompt], meta, 20, repeats))
-    demo = Path(__file__).parents[2] / "pipelines" / "worlds" / "shapes"
-    if (demo / "model_index.json").is_file():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(demo)
-        rows.append(compare("demo shapes, batch 64", pipe, {}, ["a red circle"] * 64, {}, 10, max(repeats // 4, 3)))
     return rows
+
+
+def demo(repeats: int) -> list[Result]:
+    """The demo model that the repository ships, at batch 64."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path("shapes"))
+    prompts = ["a red circle", "two blue squares", "a green circle above a red square", "three cyan triangles"] * 16
+    return [compare("demo shapes, batch 64", pipe, {}, prompts, {}, 10, max(repeats // 3, 3))]
 
 
 def large(repeats: int) -> list[Result]:
@@ -169,10 +174,15 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--demo", action="store_true", help="the demo model alone")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1 if not options.gpu else torch.get_num_threads())
-    rows = large(options.repeats) if options.gpu else tiny(options.repeats)
+    if options.gpu:
+        rows = large(options.repeats)
+    else:
+        rows = ([] if options.demo else tiny(options.repeats)) + demo(options.repeats)
+    print(f"load {', '.join(f'{load:.1f}' for load in os.getloadavg())} on {os.cpu_count()} cores")
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}")
     print(HEAD)
     for row in rows:
