@@ -197,6 +197,30 @@ def test_nabla_gradient_is_the_finite_difference(reverse: float) -> None:
     assert set(loss(policy, batch, e.cond).terms) == {"forward", "stay"} | ({"reverse"} if reverse else set())
 
 
+class Attentive(Net):
+    """The network with fused attention over its coordinates, as real denoisers have it."""
+
+    def forward(self, x, t, row):
+        v = super().forward(x, t, row)
+        q = v[:, None, :, None].repeat(1, 1, 1, 8)
+        return v + torch.nn.functional.scaled_dot_product_attention(q, q, q)[:, 0, :, 0]
+
+
+def test_reverse_residual_through_attention() -> None:
+    """Fused attention kernels have no second derivative: the reverse residual must not meet one."""
+    torch.manual_seed(0)
+    net = Attentive(dim=2, rows=1)
+    policy = Policy(net, {"reference": Weights(list(net.parameters()))})
+    cond = torch.zeros(1, dtype=torch.long)
+    tree = rollout(policy, KERNELS[0], TIMES, Nodes.enter(torch.randn(3, 2), cond.repeat(3)), cond, noise=Noise(0))
+    levels = [None, *[torch.zeros(3, 2, 2)] * STEPS]
+    with torch.no_grad():
+        net.outer.weight += 0.1
+    loss = GradientBalance(KERNELS[0])(policy, tree.transitions(levels), cond).terms["reverse"]
+    (g,) = torch.autograd.grad(loss, net.outer.weight)
+    assert torch.isfinite(g).all() and g.abs().max() > 0
+
+
 def test_look_ahead_gradient_is_the_finite_difference() -> None:
     """∇R̃ goes through the network, the reward and α^p; at data time it is λ ∇r."""
     policy, _, e = moved(KERNELS[0])

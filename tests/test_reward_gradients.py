@@ -506,3 +506,36 @@ def test_resumes_bitwise(name: str, tmp_path: Path) -> None:
         assert torch.equal(p, q)
     a, b = (checkpoint.load(checkpoint.latest(tmp_path / n))["objective"] for n in "ab")
     assert repr(a) == repr(b)
+
+
+class Film(Exact):
+    """Four frames that fade: a video for the price of a picture."""
+
+    modality = "video"
+
+    def decode(self, x, cond):
+        still = super().decode(x, cond)
+        return torch.stack([f * still for f in (1.0, 0.9, 0.8, 0.7)], 1)
+
+
+class Picture(Bright):
+    """Brightness, bent, so that frames differ in their gradient."""
+
+    def __call__(self, media, prompts, meta=None):
+        return torch.sin(3 * media).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_image_reward_on_a_video(rate: float) -> None:
+    """InstructVideo's own reward: two of four frames, attenuated in time; its gradient through the partial chain."""
+    from flowalign.rewards.frames import FrameReward
+
+    reward = FrameReward(Picture(), segments=4, rate=rate, draw="middle")
+    collector, parameters, draw = bench(InstructVideo(depth=2), Film(), reward)
+    data, _ = grow(collector, draw, 0, Tape(0))
+    frames = collector.pipeline.decode(data.trajectory.leaves.x, None)
+    each = torch.stack([torch.sin(3 * f).mean((1, 2, 3)) for f in frames.unbind(1)], 1)
+    weights = torch.exp(-rate * torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=F64))
+    assert torch.allclose(data.total, (each * weights).mean(1), atol=1e-6)
+    slope, gap = slope_gap(lambda: grown_loss(collector, draw), parameters)
+    assert abs(slope) > 1e-3 and gap < 1e-7

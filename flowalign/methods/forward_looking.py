@@ -77,7 +77,9 @@ class ForwardLooking(Training):
             ),
             "demo": Preset(
                 cls(scale=5.0),
-                FitOptions(iterations=200, groups=8, size=16, steps=10, batch=16, lr=1e-4, weight_decay=0.0),
+                FitOptions(
+                    iterations=200, groups=8, size=16, steps=10, batch=16, lr=1e-4, lr_objective=1e-3, weight_decay=0.0
+                ),
                 None,
                 guidance=False,
                 note="shapes.",

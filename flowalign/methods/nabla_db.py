@@ -87,7 +87,9 @@ class NablaDB(Training):
             ),
             "demo": Preset(
                 cls(),
-                FitOptions(iterations=200, groups=8, size=8, steps=10, batch=128, lr=2e-4, weight_decay=0.0),
+                FitOptions(
+                    iterations=200, groups=8, size=8, steps=10, batch=128, lr=2e-4, lr_objective=3e-4, weight_decay=0.0
+                ),
                 None,
                 guidance=False,
                 note="shapes with shapes-clip.",

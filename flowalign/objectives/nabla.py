@@ -16,10 +16,12 @@ the field is conservative, as it must be; at data time it is left out, and no ta
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowalign.gaussian import Gaussian, sum_dims
 from flowalign.kernels import Kernel
@@ -80,7 +82,9 @@ class GradientBalance(Objective):
             raise ValueError("∇-DB needs the credit (∇R̃ before, ∇R̃ after) of each step: LookAheadGradient.")
         x, y = batch.x.detach().requires_grad_(self.reverse > 0), batch.x_next.detach()
         known = None if cond is None else cond[batch.row]
-        posterior = policy.posterior(x, batch.t, known)
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if self.reverse else nullcontext():
+            posterior = policy.posterior(x, batch.t, known)
         law, _ = self.kernel(x, posterior, batch.t, batch.s)
         base, back = self._base(policy, batch, known)
         before, after = batch.weight.to(law.mean).unbind(1)
