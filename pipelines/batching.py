@@ -76,7 +76,7 @@ class Batching:
         t = self.adapter.known.grid(pair, self.adapter.known.two(pair)).listed[0]
         device = self.adapter.device()
         x = torch.randn(2, *plan.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.no_grad():
+        with torch.no_grad(), self._exact():
             apart = torch.cat([step(self.adapter, x[i : i + 1], t, pair[torch.tensor([i])])[1] for i in (0, 1)])
             together = self._together(x, t, pair, "two rows")
         return together is not None and self._agree(together, apart, plan, "two rows")
@@ -110,6 +110,10 @@ class Batching:
             self._note(f"{what} in one call: outputs differ by {gap:.1e} (relative) from those of one call each")
         return gap < limit
 
+    def _exact(self) -> torch.autocast:
+        """Return a context without autocast: its round-off must not pass for a difference between calls."""
+        return torch.autocast(self.adapter.device().type, enabled=False)
+
     def _half(self) -> bool:
         return any(
             p.dtype in (torch.float16, torch.bfloat16)
@@ -131,7 +135,7 @@ class Batching:
             self.adapter.known.locate(cond, float(v))[1] != self.adapter.steps for v in times
         ):
             return False
-        with torch.no_grad():
+        with torch.no_grad(), self._exact():
             apart = torch.cat(
                 [step(self.adapter, x[i : i + 1], float(times[i]), cond[torch.tensor([i])])[1] for i in (0, 1)]
             )

@@ -52,3 +52,17 @@ def test_quicker_takes_the_smaller_time(monkeypatch: pytest.MonkeyPatch) -> None
         ticks = iter([t for step in (slow, 0.5) for t in (0.0, step)])
         monkeypatch.setattr(precision.time, "perf_counter", lambda ticks=ticks: next(ticks))
         assert quicker(size=2, times=1) == wanted
+
+
+def test_autocast_does_not_hide_that_times_can_share_a_call() -> None:
+    """bf16's round-off is no difference between one call and two: a batch of times stays one call."""
+    generator = load(str(path("shapes")), {"guidance_scale": 1.0}, check=False)
+    cond = generator.encode(["a red circle", "three cyan squares", "two red circles and one blue square"])
+    policy = Policy(generator, context=run_context("bf16", CPU))
+    g = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        generator.batching.per_sample.clear()
+        x = torch.randn(3, *generator.shape(cond), generator=g)
+        with torch.no_grad():
+            policy.posterior(x, torch.rand(3, generator=g), cond)
+        assert generator.batching.reasons == []
