@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowalign.pipelines import load, verdict
+from flowalign.pipelines import batching, load, verdict
 from flowalign.pipelines.verdict import stock
 from tests.pipelines.contract import fingerprint, gap, split, subject
 from tests.zoo import build
@@ -193,6 +193,36 @@ def test_several_times_in_one_batch(name):
         for i in range(3):
             alone = s.adapter.posterior(x[i : i + 1], float(times[i]), cond[torch.tensor([i])]).x0
             assert gap(together[i : i + 1], alone) < 1e-3
+
+
+def test_why_rows_go_one_by_one_is_said(monkeypatch):
+    """A refusal of several rows is an answer and kept in words; running out of memory is no answer."""
+    _, adapter, _, _ = wrap("StableDiffusion3")
+    own = batching.step
+
+    def step(adapter, x, t, cond):
+        if len(x) > 1:
+            raise ValueError("one prompt at a time")
+        return own(adapter, x, t, cond)
+
+    monkeypatch.setattr(batching, "step", step)
+    cond = adapter.encode(["a", "b"])
+    assert adapter.batching.calls(cond) == [[0], [1]]
+    assert adapter.batching.reasons == ["two rows in one call: ValueError: one prompt at a time"]
+    _, adapter, _, _ = wrap("StableDiffusion3")
+    monkeypatch.setattr(batching, "step", lambda a, x, t, c: own(a, x * len(x), t, c))
+    assert adapter.batching.calls(adapter.encode(["a", "b"])) == [[0], [1]]
+    assert "outputs differ by" in adapter.batching.reasons[0]
+    _, adapter, _, _ = wrap("StableDiffusion3")
+
+    def full(adapter, x, t, cond):
+        if len(x) > 1:
+            raise torch.OutOfMemoryError
+        return own(adapter, x, t, cond)
+
+    monkeypatch.setattr(batching, "step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapter.encode(["a", "b"])
 
 
 def test_posterior_is_continuous_between_grid_points(sd3):

@@ -109,6 +109,29 @@ def test_dispatched_backend_is_set_on_this_model_alone():
         assert gap(s.adapter.posterior(s.begin(), s.times[0], s.cond).output, s.calls[0].output) < 1e-5
 
 
+def test_options_that_this_model_or_machine_lacks_are_refused(monkeypatch):
+    s = subject("StableDiffusion3")
+    monkeypatch.setattr("diffusers.utils.import_utils.is_xformers_available", lambda: False)
+    with pytest.raises(ValueError, match="xformers is not installed"):
+        apply(s.adapter, Memory(attention="xformers"))
+    with pytest.raises(ValueError, match="no repeated blocks"):
+        apply(s.adapter, Memory(compile=True))
+    apply(s.adapter, Memory(tiling=True))
+    assert s.case.pipe.vae.use_tiling
+    with pytest.raises(ValueError, match="does not decode in tiles"):
+        apply(subject("DDIM").adapter, Memory(tiling=True))
+    with pytest.raises(ValueError, match="no gradient checkpointing of its own"):
+        monkeypatch.setattr(type(s.adapter.denoiser), "_supports_gradient_checkpointing", False)
+        apply(s.adapter, Memory(checkpoint=True))
+
+
+def test_regional_compilation_reaches_the_repeated_blocks_alone():
+    s = subject("Flux")
+    apply(s.adapter, Memory(compile=True))  # compiled when they first run
+    compiled = {type(m).__name__ for m in s.adapter.denoiser.modules() if m._compiled_call_impl is not None}
+    assert compiled == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+
+
 def test_gradient_checkpointing_inside_the_network():
     s = subject("StableDiffusion3")
     x = s.begin().clone().requires_grad_()
