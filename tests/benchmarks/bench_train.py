@@ -188,6 +188,8 @@ def savings(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     }  # fmt: skip
     out = {}
     for name, (ours, theirs) in pairs.items():
+        if args.only not in name:
+            continue
         a, b = (Bench(m, args.groups, args.device, change, **settings) for m, change, settings in (ours, theirs))
         best: dict[tuple[int, str], float] = {}
         counts: list[dict[str, int]] = [{}, {}]
@@ -271,6 +273,7 @@ def main() -> None:
     p.add_argument("--groups", type=int, default=2)
     p.add_argument("--device", default="cpu")
     p.add_argument("--methods", nargs="*", default=list(METHODS))
+    p.add_argument("--only", default="", help="savings whose name holds this")
     p.add_argument("--what", nargs="*", default=["phases", "savings", "batches", "rollouts"])
     args = p.parse_args()
     torch.set_num_threads(1)
