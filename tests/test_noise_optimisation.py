@@ -16,9 +16,10 @@ from flowalign.ledger import Budget
 from flowalign.methods.base import Task
 from flowalign.methods.golden_net import GoldenNet, Pairs, Refine, fit_pairs
 from flowalign.methods.golden_noise import GoldenNoise, collect, fresh, golden
+from flowalign.methods.noise_penalties import norm_penalty, probability_penalty
 from flowalign.methods.noise_search import play
 from flowalign.methods.particles import noisy_kernel, rows_of
-from flowalign.methods.reno import Climb, ReNO, norm_penalty, probability_penalty
+from flowalign.methods.reno import Climb, ReNO
 from flowalign.noise import START
 from flowalign.policy import Policy
 from flowalign.process import Posterior, Time

@@ -18,10 +18,11 @@ from flowalign.ledger import Ledger
 from flowalign.methods.base import Steering
 from flowalign.methods.beam import Beam
 from flowalign.methods.best_of_n import BestOfN
+from flowalign.methods.converted import Converted, Power, same_snr, vp_path
 from flowalign.methods.noise_aware import Distil, NoiseAware, Seen, Verifier, distil, within_rows
 from flowalign.methods.noise_search import NoiseSearch, neighbours
 from flowalign.methods.particles import roll, rows_of
-from flowalign.methods.rbf import RBF, Converted, Power, Walk, same_snr, vp_path
+from flowalign.methods.rbf import RBF, Walk
 from flowalign.methods.ttsnap import TTSnap, cost, omega
 from flowalign.policy import Policy, final_posterior
 from flowalign.prepare import Lora, prepare
@@ -88,6 +89,18 @@ def test_search_counts() -> None:
         assert t.policy.ledger.evaluations == 4 * expected, method
 
 
+@pytest.mark.parametrize("strategy", ["zero-order", "random"])
+def test_pruned_local_search_is_the_same_for_less(strategy: str) -> None:
+    """TTSnap inside a local search: where looks rank states exactly, pruning changes nothing but the cost."""
+    whole = NoiseSearch(strategy, rounds=3, pool=8, restart=False)
+    short = replace(whole, levels=(1, 4), keep=(0.5, 0.25))
+    runs = [(t := task(linear, 2, 2), [f.total for f in m.search(t)]) for m in (whole, short)]
+    assert torch.equal(torch.stack(runs[0][1]), torch.stack(runs[1][1]))
+    first = 4 * 8 if strategy == "zero-order" else 0  # the pivots are not pruned
+    assert runs[0][0].policy.ledger.evaluations == first + 4 * 3 * 8 * 8
+    assert runs[1][0].policy.ledger.evaluations == first + 4 * 3 * (8 * 2 + 4 * 3 + 1 * 3)
+
+
 def test_paths_keep_the_marginals() -> None:
     """Without a choice, re-noising and solving down leaves the data's mean and spread; the choice then raises them."""
     n, world = 1500, Normal(0.5, 0.8)
@@ -106,6 +119,8 @@ def test_noise_search_settings() -> None:
         NoiseSearch(theta=1.0)
     with pytest.raises(ValueError, match="up < down"):
         NoiseSearch("paths", up=3, down=3)
+    with pytest.raises(ValueError, match="levels must rise"):
+        NoiseSearch(levels=(2, 1), keep=(0.5, 0.5))
     with pytest.raises(ValueError, match="one dimension"):
         next(NoiseSearch().search(task(linear, shape=(1,))))
     with pytest.raises(ValueError, match="Lower first"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.noise_search import best_by_row, take
+from flowalign.methods.candidates import best_by_row, take
 from flowalign.methods.particles import finish, noisy_kernel, roll, rows_of
 from flowalign.options import FitOptions
 from flowalign.potentials import Difference

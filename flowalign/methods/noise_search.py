@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -20,23 +21,46 @@ from torch import Tensor
 
 from flowalign.kernels import EulerMaruyama
 from flowalign.methods.base import Candidates, Preset, Steering, Task
+from flowalign.methods.candidates import best_by_row, better, mixed, take
 from flowalign.methods.particles import Rows, finish, roll, rows_of
 from flowalign.noise import START, Noise, mix
 from flowalign.options import FitOptions
+from flowalign.potentials import Difference
 from flowalign.rollout import rollout
-from flowalign.selection.base import by_row
+from flowalign.selection import Top
 from flowalign.trajectory import Nodes, ranks
+from flowalign.values import Tweedie
 
-__all__ = ["NoiseSearch", "best_by_row", "better", "neighbours", "play", "take"]
+__all__ = ["NoiseSearch", "neighbours", "play", "pruned"]
 
 ODE = EulerMaruyama()
 
 
 def play(rows: Rows, z: Tensor, row: Tensor) -> Candidates:
     """Solve the ODE from starting noises ``z (N, *shape)`` of the given rows, and judge what comes out."""
-    start = rows.task.pipeline.start(z, float(rows.task.times[0]), rows.cond[row])
+    return pruned(rows, z, row, {})[0]
+
+
+def pruned(rows: Rows, z: Tensor, row: Tensor, keep: Mapping[int, int]) -> tuple[Candidates, Tensor]:
+    """Solve the ODE, but after some levels only for those of each row whose posterior means promise most (TTSnap).
+
+    Args:
+        rows: of the task.
+        z: starting noises ``(N, *shape)``.
+        row: of each, ``(N,)``; equally many of each row where ``keep`` is not empty.
+        keep: level → number kept of each row.
+
+    Returns:
+        The samples that were finished, and which of the noises each came from.
+    """
+    start = Nodes.enter(rows.task.pipeline.start(z, float(rows.task.times[0]), rows.cond[row]), row)
     with torch.no_grad():
-        return finish(rows, roll(rows, ODE, Nodes.enter(start, row)))
+        if not keep:
+            tree = roll(rows, ODE, start)
+        else:
+            potential = Difference(1.0, lambda k: k in keep)
+            tree = roll(rows, ODE, start, value=Tweedie(rows.score), potential=potential, select=Top(keep))
+        return finish(rows, tree), tree.lineage()[0]
 
 
 def neighbours(z: Tensor, w: Tensor, theta: float) -> Tensor:
@@ -47,35 +71,6 @@ def neighbours(z: Tensor, w: Tensor, theta: float) -> Tensor:
     w = w - (w * u).sum(1, keepdim=True) * u
     w = w / w.norm(dim=1, keepdim=True)
     return (radius * (theta * u + (1 - theta**2) ** 0.5 * w)).to(z).reshape(z.shape)
-
-
-def best_by_row(total: Tensor, row: Tensor, n_rows: int, k: int = 1) -> Tensor:
-    """Return the indices of the k best of each row, best first, ``(n_rows * k,)``."""
-    nodes = by_row(row, n_rows)
-    order = total.detach().cpu()[nodes].argsort(dim=1, descending=True, stable=True)[:, :k]
-    return nodes.gather(1, order).flatten()
-
-
-def take(found: Candidates, index: Tensor) -> Candidates:
-    """Select candidates."""
-    x, total, log_w = (v[index.to(v.device)] for v in (found.x, found.total, found.log_w))
-    rewards = {k: v[index.to(v.device)] for k, v in found.rewards.items()}
-    return Candidates(x, found.row[index], rewards, total, torch.zeros_like(log_w))
-
-
-def mixed(old: Candidates, new: Candidates, index: Tensor) -> Candidates:
-    """Select from both, ``old`` first."""
-    rewards = {k: torch.cat([v, new.rewards[k]]) for k, v in old.rewards.items()}
-    x, row, total, log_w = (torch.cat([getattr(c, n) for c in (old, new)]) for n in ("x", "row", "total", "log_w"))
-    return take(Candidates(x, row, rewards, total, log_w), index)
-
-
-def better(old: Candidates | None, new: Candidates) -> tuple[Candidates, Tensor]:
-    """Return one candidate per search, the better of the two, and where the new one won, ``(R,)`` on the CPU."""
-    if old is None:
-        return new, torch.ones(len(new.row), dtype=torch.bool)
-    won = (new.total > old.total).cpu()
-    return mixed(old, new, torch.arange(len(won)) + won * len(won)), won
 
 
 @dataclass(frozen=True)
@@ -93,6 +88,9 @@ class NoiseSearch(Steering):
         first: steps before the first choice (paths).
         up: levels that a state is re-noised by (paths).
         down: levels that it is then solved down, more than ``up`` (paths).
+        levels: steps after which to prune a round's noises, counted from 0 (random, zero-order): local search with
+            TTSnap's pruning.
+        keep: part kept at each, in (0, 1].
     """
 
     name: ClassVar[str] = "noise-search"
@@ -113,6 +111,8 @@ class NoiseSearch(Steering):
     first: int = 4
     up: int = 1
     down: int = 3
+    levels: tuple[int, ...] = ()
+    keep: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.rounds, self.pool, self.growth, self.renoisings, self.first, self.up) < 1:
@@ -121,6 +121,9 @@ class NoiseSearch(Steering):
             raise ValueError(f"theta is a cosine in [0, 1): at 1 every neighbour is the pivot; got {self.theta}.")
         if self.down <= self.up or self.up > self.first:
             raise ValueError(f"paths need up < down and up <= first; got {self.up}, {self.down}, {self.first}.")
+        rising = all(a < b for a, b in pairwise(self.levels)) and all(k >= 0 for k in self.levels)
+        if len(self.levels) != len(self.keep) or not rising or not all(0 < a <= 1 for a in self.keep):
+            raise ValueError(f"levels must rise from 0, with one keep in (0, 1] each; got {self.levels}, {self.keep}.")
 
     def search(self, task: Task) -> Iterator[Candidates]:
         """Yield the best so far of every search, one per wanted result."""
@@ -139,10 +142,19 @@ class NoiseSearch(Steering):
         noise = Noise(mix(rows.noise.seed, salt, 71), rows.noise.keys)
         return noise.normal(START, row, ranks(row), rows.task.pipeline.shape(rows.task.judge.cond)), row
 
+    def _kept(self, count: int) -> dict[int, int]:
+        """Return how many of a row's noises are left after each level, one at least."""
+        out = {}
+        for level, alpha in zip(self.levels, self.keep, strict=True):
+            out[level] = count = max(1, int(alpha * count + 1e-9))
+        return out
+
     def _random(self, rows: Rows) -> Iterator[Candidates]:
         for i in range(self.rounds):
-            found = play(rows, *(drawn := self._fresh(rows, i, self.pool * self.growth**i)))
-            yield take(found, best_by_row(found.total, drawn[1], len(rows.prompt)))
+            n = self.pool * self.growth**i
+            z, row = self._fresh(rows, i, n)
+            found, origin = pruned(rows, z, row, self._kept(n))
+            yield take(found, best_by_row(found.total, row[origin], len(rows.prompt)))
 
     def _zero_order(self, rows: Rows) -> Iterator[Candidates]:
         """Yield the pivots: a fresh one may be worse than what was found before."""
@@ -155,10 +167,10 @@ class NoiseSearch(Steering):
         for i in range(self.rounds):
             w, of = self._fresh(rows, 2 * i + 1, self.pool)
             near = neighbours(z[of], w, self.theta)
-            found = play(rows, near, of)
-            index = best_by_row(found.total, of, len(row))
+            found, origin = pruned(rows, near, of, self._kept(self.pool))
+            index = best_by_row(found.total, of[origin], len(row))
             pivot, won = better(pivot, take(found, index))
-            z = torch.where(won.reshape(-1, *[1] * (z.ndim - 1)), near[index], z)
+            z = torch.where(won.reshape(-1, *[1] * (z.ndim - 1)), near[origin[index]], z)
             yield pivot
             stuck = (~won).nonzero().flatten()
             if self.restart and i + 1 < self.rounds and len(stuck):

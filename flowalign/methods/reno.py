@@ -2,12 +2,8 @@
 
     min_z  - Σ_i w_i r_i(G(z)) + norm (|z|²/2 - (d - 1) log|z|) + probability P(z)
 
-The norm term is the negative log-density of the radius of a d-dimensional normal, least at √(d-1). The probability term
-of Direct Noise Optimization (Tang et al. 2405.18881) bounds how likely the sample mean and covariance of a normal noise
-are at least as far off as those of z, cut into m pieces of k coordinates, in any order (random ones are drawn):
-
-    log p_1 = log 2 - m M_1² / 2k,   log p_2 = log 2 - m max(√(1 + M_2) - 1 - √(k/m), 0)² / 2,   P = -min(., 0) summed
-    M_1 = |mean|,   M_2 = |second moment - I| (spectral)
+The norm term pulls the radius to √(d-1); P is the probability term of Direct Noise Optimization (DNO,
+2405.18881); both are in :mod:`flowalign.methods.noise_penalties`.
 
 ReNO moves the starting noise of a one-step generator (Nesterov SGD, gradients clipped), DNO all noises of a stochastic
 sampler (AdamW). Each wanted result is a climb of its own; the best by reward, without the penalties, is kept.
@@ -15,7 +11,6 @@ sampler (AdamW). Each wanted result is a climb of its own; the best by reward, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -23,43 +18,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowalign.gaussian import work_dtype
 from flowalign.kernels import EulerMaruyama, Kernel
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.noise_search import better, play
+from flowalign.methods.candidates import better
+from flowalign.methods.noise_penalties import norm_penalty, probability_penalty
+from flowalign.methods.noise_search import play
 from flowalign.methods.particles import Rows, noisy_kernel, rows_of
 from flowalign.noise import START, Given, mix
 from flowalign.options import FitOptions
 from flowalign.rollout import Tape, rollout
 from flowalign.trajectory import Nodes, ranks
 
-__all__ = ["ReNO", "norm_penalty", "probability_penalty"]
-
-
-def norm_penalty(z: Tensor) -> Tensor:
-    """Return ``|z|²/2 - (d - 1) log|z|`` of each sample of ``z (B, *)``, in float32 or better."""
-    flat = z.flatten(1).to(work_dtype(z))
-    radius = flat.norm(dim=1)
-    return radius**2 / 2 - (flat.shape[1] - 1) * radius.log()
-
-
-def probability_penalty(z: Tensor, k: int, orders: Tensor) -> Tensor:
-    """Return how much less likely than certain the moments of each sample are, mean over orders, ``(B,)``.
-
-    Args:
-        z: ``(B, *)``; coordinates beyond a multiple of k are left out.
-        k: coordinates per piece.
-        orders: permutations of the coordinates, ``(S, d)``.
-    """
-    flat = z.flatten(1).to(work_dtype(z))
-    m = flat.shape[1] // k
-    pieces = flat[:, orders[:, : m * k]].unflatten(2, (m, k))  # (B, S, m, k)
-    gap = pieces.mean(2).norm(dim=2)
-    moment = pieces.transpose(2, 3) @ pieces / m - torch.eye(k, dtype=flat.dtype, device=flat.device)
-    spread = torch.linalg.eigvalsh(moment).abs().amax(2)
-    first = math.log(2) - m * gap**2 / (2 * k)
-    second = math.log(2) - m * ((1 + spread).sqrt() - 1 - math.sqrt(k / m)).clamp_min(0) ** 2 / 2
-    return -(first.clamp_max(0) + second.clamp_max(0)).mean(1)
+__all__ = ["Climb", "ReNO"]
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ from flowalign.scorer import Scorer
 from flowalign.source import Prompt, make_draw
 from flowalign.steer import steer
 
-STEPS, LEVELS, KEEP, N = 10, (3, 6), (0.5, 0.5), 4
+STEPS, LEVELS, KEEP, N, NAME = 10, (3, 6), (0.5, 0.5), 4, "shapes-graded"
 
 
 def task(generator, reward, prompts: list[str], samples: int, seed: int) -> Task:
     """Return a bare task."""
     ledger = Ledger()
-    scorer = Scorer(generator, {"graded": reward}, ledger=ledger)
+    scorer = Scorer(generator, {NAME: reward}, ledger=ledger)
     draw = make_draw([Prompt(p) for p in prompts], samples)
     judge = scorer.bind(generator.encode(draw.prompts, draw.meta), draw.prompts, draw.meta)
     return Task(generator, Policy(generator, ledger=ledger), judge, draw, generator.times(STEPS), seed)
@@ -92,10 +92,10 @@ def main() -> None:
             found = finish(rows, tree)
         truth, names = found.total.reshape(-1, 24), [held[r] for r in found.row.tolist()]
         for s in seen:
-            says = {"clean": s.scores["graded"]}
+            says = {"clean": s.scores[NAME]}
             for name, file in students.items():
                 aware = NoiseAware.load(file)
-                says[name] = aware("graded", s.x0, s.t, names) + (s.scores["graded"] if aware.residual else 0.0)
+                says[name] = aware(NAME, s.x0, s.t, names) + (s.scores[NAME] if aware.residual else 0.0)
             print(
                 f"t = {s.t:.2f}",
                 {n: round(correlation(v.reshape(-1, 24), truth), 3) for n, v in says.items()},
