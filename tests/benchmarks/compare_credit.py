@@ -99,7 +99,7 @@ WORLDS = {
     ),
     "shapes": World(
         {"pipeline": "shapes", "reward": "shapes", "fit": {"groups": 8, "size": 16, "steps": 10, "batch": 192}},
-        3_000_000, 3600.0, 500, rates=(1e-4, 2e-4, 4e-4),
+        300_000, 600.0, 100, rates=(1e-4, 2e-4, 4e-4),
     ),
 }  # fmt: skip
 
