@@ -3,9 +3,9 @@
     flock /tmp/heavy.lock python tests/benchmarks/bench_steering.py [--prompts 8] [--particles 8] [--device cpu]
 
 FK's overhead is its time less best-of-N's with as many samples, less what its extra decodes and reward calls take when
-they are timed by themselves, as a share of best-of-N's time. Seconds are the process's own (CPU time, one thread), which
-a busy machine disturbs less than the clock; on a GPU they would have to be the clock's. Tree search is
-counted: network evaluations against states that a network can be asked about.
+they are timed alone, as a share of best-of-N's time. Seconds are the process's own (CPU time, one thread),
+which a busy machine disturbs less than the clock; on a GPU they would have to be the clock's. Tree search is counted:
+network evaluations against states that a network can be asked about.
 """
 
 from __future__ import annotations

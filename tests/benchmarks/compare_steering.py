@@ -198,7 +198,7 @@ def run_all(args: argparse.Namespace) -> None:
 def file_of(folder: Path, reward: str, unit: str, name: str, seed: int | str) -> Path:
     """Return the file of a run."""
     kind = "graded" if reward == GRADED else "clip"
-    return folder / f"{kind}-{unit}-{re.sub('[^a-z]+', '', name.replace('*', 'star'))}-{seed}.json"
+    return folder / f"{kind}-{unit}-{re.sub('[^a-z]+', '', name.lower().replace('*', 'star'))}-{seed}.json"
 
 
 def mean_seconds(folder: Path, reward: str, name: str) -> float:
