@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flowalign.hearing import Heard, hearing
 from flowalign.learner import learners_of
 from flowalign.ledger import Ledger
 from flowalign.pause import Pause
 from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
+from flowalign.replay import checkpointed
 
 __all__ = ["Bound", "Scorer"]
 
@@ -168,7 +168,7 @@ class Bound:
                     ledger.decodes, ledger.rewards = booked
             return tuple(scores[n] for n in names)
 
-        return dict(zip(names, run_checkpointed(forward, x0, use_reentrant=False), strict=True))
+        return dict(zip(names, checkpointed(forward, x0, "the decoder or a reward"), strict=True))
 
     def pieces(self, x0: Tensor, row: Tensor) -> Iterator[tuple[Tensor, list[str], list | None]]:
         """Yield media, prompts and meta of one chunk after the other."""

@@ -35,7 +35,7 @@ from flowalign.scorer import Scorer
 from flowalign.source import Prompt, Prompts
 from flowalign.trainer import Trainer
 from flowalign.trajectory import Nodes
-from tests.test_reward_gradients import bench, slope_gap
+from tests.test_reward_gradients import bench, grown_loss, slope_gap
 from tests.toy import Bright, Toy
 from tests.worlds import F64
 
@@ -367,3 +367,29 @@ def test_an_error_of_the_first_run_is_its_own() -> None:
 
     with pytest.raises(IndexError, match="at once"):
         checkpointed(broken, torch.ones(1, requires_grad=True), "it")
+
+
+class Counting(Bright):
+    """Looks at another pixel each time."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "differentiable", True)
+        object.__setattr__(self, "calls", 0)
+
+    def __call__(self, media, prompts, meta=None):
+        object.__setattr__(self, "calls", self.calls + 1)
+        return torch.sin(3 * media.flatten(1)[:, self.calls])
+
+
+def test_a_reward_that_remembers_cannot_be_recomputed() -> None:
+    """One that looks elsewhere in the second run is refused; one that does not gives the plain gradient to the bit."""
+    collector, parameters, draw = bench(DRaFT())
+    plain = torch.autograd.grad(grown_loss(collector, draw), parameters)
+    collector.scorer.checkpoint = True
+    for a, b in zip(plain, torch.autograd.grad(grown_loss(collector, draw), parameters), strict=True):
+        assert torch.equal(a, b)
+    collector, parameters, draw = bench(DRaFT(), reward=Counting())
+    collector.scorer.checkpoint = True
+    loss = grown_loss(collector, draw)
+    with pytest.raises(RuntimeError, match="the decoder or a reward cannot be checkpointed"):
+        torch.autograd.grad(loss, parameters)
