@@ -98,6 +98,6 @@ class FlowGRPO(Training):
                            weight_decay=0.0, warmup=5),
                 None,
                 guidance=False,
-                note="shapes: all weights, noise on the first three of ten steps. The penalty is a guess.",
+                note="shapes: all weights, noise on the first three of ten steps; lr 4e-4 lost what it had gained.",
             ),
         }  # fmt: skip

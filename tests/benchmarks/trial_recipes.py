@@ -5,6 +5,16 @@
 
 Accuracy, layouts and drift are measured on the SELECT prompts, by iteration, seconds and network evaluations; the
 REPORT prompts are never looked at here. Trials run as parallel processes of one thread each.
+
+What decided the demo's recipes (21 November 2026, one seed each, 200 images per category, layouts kept in brackets,
+--categories mixed count --set precision=bf16; a busy machine, so iterations say more than seconds):
+
+    diffusion-nft kl=1, focus count     20 iterations  count +13.0+-3.2 (99 %)  mixed  +9.5+-3.7 (99 %)
+                                        39 iterations  count +11.0+-3.2 (100 %) mixed  +7.5+-3.6 (95 %)
+    diffusion-nft kl=1, focus mixed     18 iterations  count +11.0+-3.3 (98 %)  mixed  +7.5+-3.5 (100 %)
+    flow-grpo lr=2e-4, window 0-3       34 iterations  count  +4.5+-1.9 (100 %) mixed  +2.5+-1.7 (100 %)
+    flow-grpo lr=4e-4, window 0-5       23 iterations  count  +8.0+-2.3 (95 %)  mixed  +1.5+-2.5 (98 %)
+    the same again, 24 iterations       24 iterations  count  -5.0+-2.3 (97 %)  mixed  -1.0+-2.1 (99 %)
 """
 
 from __future__ import annotations
