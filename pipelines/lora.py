@@ -151,7 +151,8 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
     """Read LoRA weights written by :func:`save`, or by anybody else in diffusers format.
 
     Raises:
-        ValueError: if the file is missing, or was made for another model (its layers or their sizes are not there).
+        ValueError: if the file is missing, or was made for another model (its layers or their sizes are not there,
+            under diffusers' names or another front end's).
     """
     folder = Path(path)
     files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
@@ -166,6 +167,8 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
                 pipe.load_lora_weights(
                     str(file.parent), **where, **({"load_into_transformer_2": True} if second else {})
                 )
+            except RuntimeError as problem:  # another front end's names, which only the loader could translate
+                raise ValueError(f"{file} was made for another model: {problem}") from problem
             except AttributeError:  # the loader of Kolors goes on to a text_encoder_2 that it does not have
                 if not any(name in adapters(network) for network in networks.values()):
                     raise
@@ -175,6 +178,11 @@ def load(pipe: Any, networks: Mapping[str, nn.Module], path: Path | str, name: s
                 network.load_lora_adapter(str(file.parent), prefix=None, **where)  # type: ignore[operator]
             else:
                 _read(network, file, name)
+    if not any(name in adapters(network) for network in networks.values()):  # diffusers only logs that
+        raise ValueError(
+            f"nothing in {', '.join(map(str, files))} fits {', '.join(networks)}: it was made for another model, or "
+            "for its text encoders alone. Load it into a pipeline of the family it was trained with."
+        )
 
 
 def has_loader(pipe: Any, networks: Mapping[str, nn.Module]) -> bool:

@@ -124,6 +124,19 @@ def test_autoencoder_that_overflows(sd3, monkeypatch):
         sd3.adapter.decode(sd3.end(), sd3.cond)
 
 
+def test_half_precision_autoencoder_that_really_overflows():
+    case = build("StableDiffusion3")
+    case.pipe.to(torch.float16)
+    with torch.no_grad():
+        case.pipe.vae.decoder.conv_in.weight.mul_(1e4)
+        case.pipe.vae.decoder.conv_in.bias.fill_(6e4)
+    prompt, meta, call = split(case.inputs)
+    adapter = load(case.pipe, call, check=False)
+    cond = adapter.encode([prompt], [meta])
+    with pytest.raises(ValueError, match=r"overflows in torch\.float16"):
+        adapter.decode(torch.randn(1, *adapter.shape(cond)), cond)
+
+
 # -- the pipeline afterwards -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["StableDiffusion3", "StableDiffusionPAG", "DDIM"])
 def test_unchanged_after_an_exception_in_the_network(name):

@@ -55,6 +55,12 @@ def test_names_of_other_front_ends(tmp_path):
     other.set_progress_bar_config(disable=True)
     arguments = s.adapter.arguments(s.cond.rows, True, s.steps, "latent")
     assert gap(other(**arguments)[0], latents(s)) < 1e-6
+    again = subject("StableDiffusion")
+    again.adapter.load_lora(tmp_path / "kohya.safetensors")
+    assert gap(latents(again), latents(s)) < 1e-6
+    for other, words in {"StableDiffusion3": "nothing in", "StableDiffusionXL": "made for another model"}.items():
+        with pytest.raises(ValueError, match=words):  # diffusers' loader says nothing, or a page of sizes
+            load(build(other).pipe, check=False).load_lora(tmp_path / "kohya.safetensors")
     with pytest.raises(ValueError, match="none of"):
         lora.export(subject("StableDiffusion3").adapter.experts, tmp_path / "empty.safetensors")
 
