@@ -190,4 +190,4 @@ def test_settings() -> None:
         with pytest.raises(ValueError, match="particles >= 2 and weight > 0"):
             FKC(**bad)
     with pytest.raises(ValueError, match="second prompt"):
-        next(FKC(kind="product").search(task(1, torch.ones(1, dtype=F64))))
+        next(FKC(target="product").search(task(1, torch.ones(1, dtype=F64))))

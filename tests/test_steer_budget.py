@@ -18,6 +18,7 @@ from flowalign.methods import names, resolve
 from flowalign.methods.best_of_n import BestOfN
 from flowalign.methods.dts import DTS
 from flowalign.methods.fk_steering import FKSteering
+from flowalign.methods.fkc import FKC
 from flowalign.methods.flow_nrg import FlowNRG
 from flowalign.methods.svdd import SVDD
 from flowalign.steer import SearchFailed, steer
@@ -28,6 +29,7 @@ from tests.toy import Bright
 ELSEWHERE = {"golden-noise", "upsr"}
 METHODS = {n: resolve(n).presets()["demo"].method for n in names("steering") if n not in ELSEWHERE}
 METHODS["flow-nrg"] = FlowNRG(collect=4, train=3, width=8, n=2)
+METHODS["fkc"] = FKC(particles=2)
 METHODS["fk-steering, twisted"] = FKSteering(6, twist=1.0)
 AMOUNT = {"evaluations": 170, "gradients": 20, "decodes": 30, "rewards": 30, "seconds": 1.0}
 

@@ -194,7 +194,7 @@ class FKC(Steering):
     """Feynman-Kac correctors.
 
     Attributes:
-        kind: guidance (``q_∅^{1-w} q_c^w``), anneal (``q_c^w``), or product (``q_c^w q_other^w``).
+        target: guidance (``q_∅^{1-w} q_c^w``), anneal (``q_c^w``), or product (``q_c^w q_other^w``).
         weight: w.
         other: the prompt of the other expert: the negative prompt of guidance, the second one of a product.
         scale: λ of the reward in the target, ``π exp(λ r)``, weighted in at the end; 0 leaves it out.
@@ -213,7 +213,7 @@ class FKC(Steering):
           and Doucet, Arnaud and Brekelmans, Rob and Tong, Alexander and Neklyudov, Kirill},
   booktitle={International Conference on Machine Learning}, year={2025}, note={arXiv:2503.02819}}"""
 
-    kind: Literal["guidance", "anneal", "product"] = "guidance"
+    target: Literal["guidance", "anneal", "product"] = "guidance"
     weight: float = 2.0
     other: str = ""
     scale: float = 0.0
@@ -232,7 +232,7 @@ class FKC(Steering):
         Raises:
             ValueError: for a product without a second prompt.
         """
-        if self.kind == "product" and not self.other:
+        if self.target == "product" and not self.other:
             raise ValueError("a product needs the second prompt: set other.")
         rows = rows_of(task, per_sample=False)
         experts = self.experts(task, rows)
@@ -251,11 +251,11 @@ class FKC(Steering):
     def experts(self, task: Task, rows: Rows) -> Experts:
         """Return the network under its prompts, with their powers."""
         w = self.weight
-        if self.kind == "anneal":
+        if self.target == "anneal":
             return Experts(task.policy, (rows.cond,), (w,))
         texts = [self.other] * len(task.draw.prompts)
         other = task.pipeline.encode(texts, task.draw.meta)[rows.prompt]
-        return Experts(task.policy, (rows.cond, other), (w, 1 - w) if self.kind == "guidance" else (w, w))
+        return Experts(task.policy, (rows.cond, other), (w, 1 - w) if self.target == "guidance" else (w, w))
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:

@@ -124,7 +124,7 @@ class FlowNRG(Steering):
     Attributes:
         n: samples per wanted result; the best are kept.
         scale: λ, on top of the rewards' own weights.
-        kind: what the value networks are trained to be: mean (published) or soft (exact).
+        loss: what the value networks are trained to be: mean (published) or soft (exact).
         collect: samples per prompt that they are trained on.
         train: optimiser steps of each.
         width: of each.
@@ -141,7 +141,7 @@ class FlowNRG(Steering):
 
     n: int = 1
     scale: float = 1.0
-    kind: Literal["mean", "soft"] = "soft"
+    loss: Literal["mean", "soft"] = "soft"
     collect: int = 32
     train: int = 400
     width: int = 64
@@ -183,7 +183,7 @@ class FlowNRG(Steering):
                 mean, std = float(rewards[name].mean()), max(float(rewards[name].std()), 1e-3)
                 teach(
                     network, x0, ((rewards[name] - mean) / std).to(x0.device), words[row].to(x0.device),
-                    task.policy.process.diffuse, steps=self.train, soft=weight * std if self.kind == "soft" else 0.0,
+                    task.policy.process.diffuse, steps=self.train, soft=weight * std if self.loss == "soft" else 0.0,
                     seed=task.seed,
                 )  # fmt: skip
                 saved[name] = {"network": network.state_dict(), "scale": [mean, std]}
@@ -207,7 +207,7 @@ class FlowNRG(Steering):
         """Return settings near the published ones, and the demo's."""
         return {
             "published": Preset(
-                cls(kind="mean", scale=100.0), FitOptions(steps=40, size=1),
+                cls(loss="mean", scale=100.0), FitOptions(steps=40, size=1),
                 note="the repository holds no code of it: λ and steps are unverified. Not run here.",
             ),
             "demo": Preset(
