@@ -60,7 +60,8 @@ class GradientBalance(Objective):
         if reverse < 0 or stay < 0:
             raise ValueError(f"reverse and stay must not be negative; got {reverse} and {stay}.")
         self.kernel, self.end, self.reverse, self.scaled, self.stay = kernel, end, reverse, scaled, stay
-        self.make, self.flow = flow, None
+        self.make = flow
+        self.flow: nn.Module | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
