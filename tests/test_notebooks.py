@@ -55,3 +55,12 @@ def test_notebook(path, monkeypatch):
         assert float(lines[0].split()[-1]) < 1e-5, "gains telescope"
         ends = {w[0]: (float(w[-2]), float(w[-1])) for w in (line.split() for line in lines[-6:])}
         assert all(last > first for first, last in ends.values()) and ends["BranchGRPO"][1] > ends["Flow-GRPO"][1]
+    if path.stem.startswith("05"):
+        rows = {line[:18].strip(): line[18:].split() for line in printed.splitlines()}
+        mean, variance = float(rows["target"][1]), float(rows["target"][3])
+        for name in ("Adjoint Matching", "RTB"):
+            first = next(line[18:].split() for line in printed.splitlines() if line.startswith(name))
+            assert abs(float(first[1]) - mean) < 0.15 and abs(float(first[3]) / variance - 1) < 0.15, name
+        needle = next(line[18:].split() for line in printed.splitlines() if line.startswith("DRaFT"))
+        assert float(needle[3]) < 0.1 * variance and float(needle[5]) > -0.05
+        assert int(rows["Flow-GRPO noise"][0][:-1]) < int(rows["memoryless noise"][0][:-1])
