@@ -493,7 +493,7 @@ def test_learns(name: str) -> None:
 @pytest.mark.parametrize("name", [*SMALL, *RESTRAINED])
 def test_resumes_bitwise(name: str, tmp_path: Path) -> None:
     """Known noises, wordings, strata, noisings, mixes and residual flows are functions of (seed, iteration)."""
-    o = replace(OPTIONS, iterations=4, checkpoint_every=1, size=4)
+    o = replace(OPTIONS, iterations=4, checkpoint_every=1, size=4, groups=2)
     whole, metrics = start(name, o, folder=tmp_path / "a")
     list(metrics)
     _, metrics = start(name, o, folder=tmp_path / "b")
