@@ -6,7 +6,8 @@ The variance of ``Ẑ / Z`` can be read off one run, from which first ancestors 
     V = 1 - (N / (N - 1))^{m + 1} (1 - Σ_e W_e²),     W_e the final weight of those who descend from ancestor e
 
 after m resamplings. Without any, this is the squared standard error of the mean weight. Measured here: right for
-systematic resampling where the ESS calls for it (threshold .5), below zero, so of no use, where it comes at every level.
+systematic resampling where the ESS calls for it (threshold .5); below zero, so of no use, where it comes at every
+level.
 """
 
 from __future__ import annotations
