@@ -133,7 +133,8 @@ class Paths:
         new[index] = torch.arange(len(index))
         kept = (new[self.path] >= 0).nonzero().flatten()
         dice = None if self.dice is None else self.dice[kept]
-        return Paths(self.steps[kept], new[self.path[kept]], pick(self.reward, index), self.row[index], self.total, dice)
+        path, reward = new[self.path[kept]], pick(self.reward, index)
+        return Paths(self.steps[kept], path, reward, self.row[index], self.total, dice)
 
 
 def _generator(experience: Experience, purpose: int) -> torch.Generator:

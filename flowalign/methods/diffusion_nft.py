@@ -97,6 +97,6 @@ class DiffusionNFT(Training):
             ),
             "demo": Preset(
                 shared, fit, None, guidance=False,
-                note="shapes: all weights; penalty 1 kept 99 % of the layouts in 20 to 39 iterations on the select prompts.",
+                note="shapes: all weights; penalty 1 kept 99 % of layouts after 20 to 39 iterations.",
             ),
         }  # fmt: skip

@@ -43,9 +43,9 @@ def one(args: argparse.Namespace) -> None:
     from flowalign.evaluate import Exam, compare, examine
     from flowalign.fit import fit
     from flowalign.ledger import Ledger
+    from flowalign.monitor import measure_drift
     from flowalign.policy import Policy
     from flowalign.prepare import prepare
-    from flowalign.monitor import measure_drift
     from flowalign.run import Run
 
     torch.set_num_threads(1)
