@@ -1,4 +1,4 @@
-"""``flowalign demo``: two methods side by side on the little world, and what hacking looks like, in twelve minutes.
+"""``flowalign demo``: two methods side by side on the little world, and one without its penalty, in twelve minutes.
 
     1   the base model is judged once, while DiffusionNFT without its penalty shows the collapse on the other core
     2   Flow-GRPO and DiffusionNFT train at the same time, one core each, until the time that is left is used up
@@ -268,12 +268,13 @@ def _table(labels: Sequence[str], found: dict[str, Any]) -> str:
 def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[str], found: dict[str, Any]) -> Path:
     from flowalign.report import write_report
 
-    notes = ["", "", "What hacking looks like: the largest gain, and hardly a layout left.", "Must not gain."]
+    notes = ["", "", "Without its penalty: look at the layouts and at the other categories.", "Must not gain."]
     words = (
         "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "without the penalty that holds it to the base. Compare the last columns: accuracy alone rewards collapse."
+        "without the penalty that holds it to the base. Compare the last columns: in trials a longer run of the third "
+        "kind ended with one layout per prompt, and even a short one pays with what it was not asked for."
     )
     return write_report(
         folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],
-        title="The demo: alignment, and what hacking looks like", words=words,
+        title="The demo: alignment, with and without a penalty", words=words,
     )  # fmt: skip
