@@ -18,7 +18,7 @@ What decided the demo's recipes (21 November 2026, one seed each, 200 images per
     flow-grpo lr=3.5e-4, 500 images     20 iterations  count  +4.2+-1.3 (98 %); 43 iterations +3.0+-1.2 (98 %)
     flow-grpo lr=2.5e-4, two passes     29 iterations  count  +2.6+-1.2 (101 %)
 
-Flow-GRPO's drift stands still at .005 in these runs: its penalty (.1) binds, and a smaller one is the next thing to try.
+Flow-GRPO's drift stands still at .005 here: its penalty (.1) binds, and a smaller one is the next thing to try.
 """
 
 from __future__ import annotations
