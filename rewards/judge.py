@@ -101,7 +101,7 @@ class OpenAIJudge(Judge):
         modality=("image", "video"),
         differentiable=False,
         range=(1.0, 5.0),
-        licence="of the model asked; the default's family: MIT",
+        licence="of the model asked; the default's was not seen, some of its family's: MIT",
         weights="CodeGoat24/UnifiedReward-2.0-qwen-7b",
         text=8192,
         reference="UnifiedReward, arXiv 2503.05236",
