@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["latest", "load", "name", "save"]
+__all__ = ["LAST_GOOD", "latest", "load", "name", "save", "write"]
 
 KEEP = 2
+LAST_GOOD = "last-good.pt"  # of a run that stopped in the middle of an iteration: kept, but not resumed from
 
 
 def name(iteration: int) -> str:
@@ -24,16 +25,21 @@ def name(iteration: int) -> str:
 
 def save(folder: Path, iteration: int, state: dict[str, Any]) -> Path:
     """Write ``step-ITERATION.pt`` atomically and drop all but the newest two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name(iteration)
+    path = write(folder / name(iteration), state)
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def write(path: Path, state: dict[str, Any]) -> Path:
+    """Write a checkpoint atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as f:
         torch.save(state, f)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
-    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
-        old.unlink()
     return path
 
 

@@ -4,7 +4,9 @@ A pause falls in the middle of an iteration. What is saved then is the state wit
 have not moved since, as all samples are judged before the first update, and the rest, which a rollout does change (the
 ledger, windows, the random state), is kept aside. Resuming does the iteration anew and ends up at the same bits.
 
-A gradient that is not finite stops the run in the same way: the last good weights are saved before the error goes out.
+A gradient that is not finite stops the run in the same way. Where the iteration has taken steps already, its beginning
+is gone (a copy of weights and optimiser at every iteration would be the price of having it), so the last good weights
+go into a file of their own, and a resumed run goes on from the checkpoint before: exactly, or not at all.
 """
 
 from __future__ import annotations
@@ -50,16 +52,29 @@ class Keeper:
         scorer.pause = replace(pause, save=lambda: self._paused(steps, around), stop=stop)
         try:
             yield
-        except FloatingPointError:
-            self._saved(around if steps == self.trainer.steps else {})
-            raise
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._stopped(steps, around)}".rstrip()) from error
         finally:
             scorer.pause = pause
 
+    def _state(self, around: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.trainer.state_dict(), **around, "metrics": self.metrics}
+
     def _save(self, around: Mapping[str, Any]) -> None:
         if self.folder is not None:
-            state = {**self.trainer.state_dict(), **around, "metrics": self.metrics}
-            checkpoint.save(self.folder, self.trainer.iteration, state)
+            checkpoint.save(self.folder, self.trainer.iteration, self._state(around))
+
+    def _stopped(self, steps: int, around: Mapping[str, Any]) -> str:
+        """Save the last good weights; say where they are, and from where a resumed run goes on."""
+        if self.folder is None:
+            return ""
+        if steps == self.trainer.steps:
+            path = self._saved(around)
+            return "" if path is None else f"They are in {path}, and a resumed run goes on from there."
+        kept = checkpoint.write(self.folder / checkpoint.LAST_GOOD, self._state({}))
+        path = checkpoint.latest(self.folder)
+        start = "begins anew" if path is None else f"goes on from {path}, the last whole iteration that was saved"
+        return f"They are in {kept}; a resumed run {start}."
 
     def _saved(self, around: Mapping[str, Any]) -> Path | None:
         """Save what there is under this iteration's name unless it is there; return the newest checkpoint."""

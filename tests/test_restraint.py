@@ -258,6 +258,7 @@ def test_a_reward_whose_gradient_is_not_finite_stops_the_run(tmp_path: Path) -> 
     words = str(caught.value)
     assert "optimiser step 4 (iteration 3) was not taken" in words and "last good ones" in words
     assert "term 'reward'" in words and "already at the finished sample: the decoder or the reward" in words
+    assert f"They are in {checkpoint.latest(tmp_path)}, and a resumed run goes on from there" in words
     saved = checkpoint.load(checkpoint.latest(tmp_path))
     assert saved["iteration"] == 3
     for p, q, w in zip(toy.denoiser.parameters(), good.denoiser.parameters(), saved["weights"], strict=True):
@@ -268,6 +269,29 @@ def test_a_reward_whose_gradient_is_not_finite_stops_the_run(tmp_path: Path) -> 
     list(stream)
     for p, q in zip(again.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_stop_between_the_updates_of_an_iteration_resumes_exactly(tmp_path: Path) -> None:
+    """What is resumed from is a whole iteration; the last good weights, of half a one, lie beside it."""
+    options = replace(OPTIONS, updates=2)
+    toy, _, stream = run(DRaFT(depth=2), reward=Sharp(7), options=options, folder=tmp_path)  # due after 2, 4
+    assert [next(stream)["iteration"] for _ in range(3)] == [1.0, 2.0, 3.0]
+    with pytest.raises(FloatingPointError, match=r"optimiser step 8 \(iteration 3\) was not taken") as caught:
+        next(stream)
+    good, newest = checkpoint.load(tmp_path / checkpoint.LAST_GOOD), checkpoint.latest(tmp_path)
+    assert newest.name == checkpoint.name(2) and (good["iteration"], good["steps"]) == (3, 7)
+    assert all(torch.equal(p, w) for p, w in zip(toy.denoiser.parameters(), good["weights"], strict=True))
+    assert f"{tmp_path / checkpoint.LAST_GOOD}; a resumed run goes on from {newest}" in str(caught.value)
+    again, _, stream = run(DRaFT(depth=2), options=options, folder=tmp_path, resume=True)  # with the reward mended
+    assert [m["iteration"] for m in stream] == [3.0, 4.0, 5.0]
+    whole, _, stream = run(DRaFT(depth=2), options=options)
+    list(stream)
+    for p, q in zip(again.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
+        assert torch.equal(p, q)
+    _, _, stream = run(DRaFT(depth=2), reward=Sharp(1), options=options, folder=tmp_path / "first")
+    with pytest.raises(FloatingPointError, match="a resumed run begins anew"):
+        next(stream)
+    assert checkpoint.load(tmp_path / "first" / checkpoint.LAST_GOOD)["steps"] == 1
 
 
 class Cracked(Toy):
