@@ -1,129 +1,39 @@
 """Paired evaluation: the same prompts, noises, sampler and guidance before and after, so that luck cancels.
 
-    accuracy     mean of the judge per category, with the standard error over images
-    gain         mean of (after - before) per image; its standard error is that of the paired differences
-    layouts      exp of the entropy of layouts among correct images, over the category and as a mean over prompts: how
-                 many arrangements the model still makes; the spread of pixels does not see a collapse, this does
-    drift        mean (v - v_base)² at fixed noised samples of the base: how far the field has moved ("KL" in papers)
+    examine      (pipeline, policy, judge, exam)  →  outcome: scores, layouts, thumbnails and some pictures
 
-The entropy of n draws is biased low by about (support - 1)/2n, and alignment changes n. Before and after are therefore
-cut to the same number of correct images for each prompt.
+What is asked and what came of it: :mod:`flowalign.exam`; what two outcomes say together: :mod:`flowalign.comparison`;
+how far the field has moved: :mod:`flowalign.distance`. Their names can be had from here too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from flowalign.collect import enter
+from flowalign.comparison import Comparison, compare, effective_layouts, mean_se
+from flowalign.distance import DRIFT_TIMES, drift
+from flowalign.exam import Exam, Outcome, category
 from flowalign.kernels import EulerMaruyama, Kernel
 from flowalign.noise import Noise, mix
 from flowalign.policy import Policy
 from flowalign.protocols import Pipeline
 from flowalign.rollout import rollout
 from flowalign.scorer import Scorer
-from flowalign.source import Prompt, text_key
+from flowalign.source import text_key
 from flowalign.trajectory import ranks
 
-__all__ = ["Comparison", "Exam", "Outcome", "compare", "drift", "effective_layouts", "examine"]
+__all__ = [
+    "DRIFT_TIMES", "Comparison", "Exam", "Layouts", "Outcome", "category", "compare", "drift", "effective_layouts",
+    "examine", "mean_se", "thumbnails",
+]  # fmt: skip
 
 Layouts = Callable[[Tensor, Sequence[str]], Tensor]
-DRIFT_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What is asked: fixed prompts and noises.
-
-    Attributes:
-        prompts: held-out.
-        images: per category.
-        steps: sampling steps.
-        batch: images at a time.
-        seed: of the noises.
-        keep: pictures kept, per category.
-    """
-
-    prompts: Sequence[Prompt]
-    images: int
-    steps: int
-    batch: int = 100
-    seed: int = 0
-    keep: int = 24
-
-    @property
-    def categories(self) -> list[str]:
-        """The categories in order of appearance; ``all`` where prompts name none."""
-        return list(dict.fromkeys(category(p) for p in self.prompts))
-
-    @property
-    def mark(self) -> dict[str, Any]:
-        """What must agree for two outcomes to be comparable."""
-        texts = [p.text for p in self.prompts]
-        return {"prompts": mix(*map(text_key, texts)), "images": self.images, "steps": self.steps, "seed": self.seed}
-
-    def rows(self) -> Tensor:
-        """Return the prompt of every image, category by category, a prompt's images together, ``(N,)``."""
-        out: list[int] = []
-        for name in self.categories:
-            mine = [i for i, p in enumerate(self.prompts) if category(p) == name]
-            for j, i in enumerate(mine):
-                out += [i] * (self.images // len(mine) + (j < self.images % len(mine)))
-        return torch.tensor(out)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it, one entry per image.
-
-    Attributes:
-        row: prompt, ``(N,)``.
-        category: of the prompt.
-        scores: by reward name, ``(N,)``; the first is the judge.
-        layout: an integer per image that names its arrangement, ``(N,)``; None where it is not measured.
-        thumbs: a few numbers per image, ``(N, d)``, of which the spread is taken; None in older files.
-        pictures: of some images, ``(K, ...)``.
-        shown: which images those are.
-        x0: clean states of those.
-    """
-
-    row: Tensor
-    category: list[str]
-    scores: dict[str, Tensor]
-    layout: Tensor | None
-    pictures: Tensor
-    shown: list[int]
-    x0: Tensor
-    thumbs: Tensor | None = None
-
-    @property
-    def judged(self) -> Tensor:
-        """The judge's scores."""
-        return next(iter(self.scores.values()))
-
-    def of(self, name: str) -> Tensor:
-        """Return the indices of the images of a category."""
-        return torch.tensor([i for i, c in enumerate(self.category) if c == name])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values."""
-        return dict(vars(self))
-
-    @classmethod
-    def recall(cls, state: Mapping[str, Any]) -> Outcome:
-        """Return the outcome of :meth:`state_dict`; further keys are left out."""
-        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state or f.default is MISSING})
-
-
-def category(prompt: Prompt) -> str:
-    """Return the category of a prompt."""
-    return str(prompt.meta.get("category", "all"))
 
 
 @torch.no_grad()
@@ -240,126 +150,3 @@ class _PerImage(Noise):
         assert self.keys is not None
         alone = torch.arange(len(row))
         return Noise(self.seed, self.keys).normal(level, alone, torch.zeros_like(alone), shape)
-
-
-# -- what is made of it ----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Comparison:
-    """One category, before and after.
-
-    Attributes:
-        images: how many.
-        before: mean score, and its standard error.
-        after: likewise.
-        gain: paired difference, and its standard error.
-        layouts: effective layouts of the category before and after; None where they are not measured.
-        per_prompt: likewise, of one prompt: exp of the mean entropy over prompts.
-    """
-
-    images: int
-    before: tuple[float, float]
-    after: tuple[float, float]
-    gain: tuple[float, float]
-    layouts: tuple[float, float] | None
-    per_prompt: tuple[float, float] | None
-
-    @property
-    def kept(self) -> float | None:
-        """The share of the base's layouts that is left: the smaller of the two measures' shares."""
-        shares = [after / before for before, after in (p for p in (self.layouts, self.per_prompt) if p is not None)]
-        return min(shares) if shares else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**vars(self), "layouts_kept": self.kept}
-
-
-def mean_se(values: Tensor) -> tuple[float, float]:
-    """Return the mean and its standard error."""
-    n = len(values)
-    return float(values.mean()), float(values.std() / math.sqrt(n)) if n > 1 else math.nan
-
-
-def compare(before: Outcome, after: Outcome, score: str | None = None) -> dict[str, Comparison]:
-    """Compare two outcomes of one exam, by category.
-
-    Args:
-        before: of the base.
-        after: of the aligned model.
-        score: which reward; the judge when None.
-
-    Raises:
-        ValueError: if they are of different exams.
-    """
-    if not torch.equal(before.row, after.row):
-        raise ValueError("before and after were asked different things: the comparison would not be paired.")
-    out = {}
-    for name in dict.fromkeys(before.category):
-        i = before.of(name)
-        a = (before.judged if score is None else before.scores[score])[i]
-        b = (after.judged if score is None else after.scores[score])[i]
-        out[name] = Comparison(len(i), mean_se(a), mean_se(b), mean_se(b - a), *effective_layouts(before, after, name))
-    return out
-
-
-Pair = tuple[float, float]
-
-
-def effective_layouts(before: Outcome, after: Outcome, name: str) -> tuple[Pair | None, Pair | None]:
-    """Return the effective numbers of layouts of a category before and after, over it and per prompt.
-
-    Correct is a judge's score above one half. For each prompt both sides are cut to equally many correct images; a
-    prompt of which either side has fewer than two says nothing per prompt.
-    """
-    if before.layout is None or after.layout is None:
-        return None, None
-    pools: tuple[list[Tensor], list[Tensor]] = ([], [])
-    entropies: list[Pair] = []
-    where = before.of(name)
-    for prompt in before.row[where].unique().tolist():
-        i = where[before.row[where] == prompt]
-        a, b = (o.layout[i][o.judged[i] > 0.5] for o in (before, after) if o.layout is not None)
-        n = min(len(a), len(b))
-        pools[0].append(a[:n])
-        pools[1].append(b[:n])
-        if n >= 2:
-            entropies.append((_entropy(a[:n]), _entropy(b[:n])))
-    one, two = (torch.cat(p) for p in pools)
-    whole = (math.exp(_entropy(one)), math.exp(_entropy(two))) if len(one) else None
-    if not entropies:
-        return whole, None
-    first, second = torch.tensor(entropies, dtype=torch.float64).mean(0).exp().tolist()
-    return whole, (first, second)
-
-
-def _entropy(codes: Tensor) -> float:
-    p = codes.unique(return_counts=True)[1].double() / len(codes)
-    return float(-(p * p.log()).sum())
-
-
-@torch.no_grad()
-def drift(
-    pipeline: Pipeline, policy: Policy, prompts: Sequence[str], meta: Sequence[Any], x0: Tensor, role: str, seed: int
-) -> float:
-    """Return the mean squared difference of a role's velocities from the base's, at fixed noised samples of the base.
-
-    Args:
-        pipeline: the generator.
-        policy: with the role ``reference``.
-        prompts: of each sample.
-        meta: of each sample.
-        x0: the base's clean samples ``(B, *)``.
-        role: whose drift.
-        seed: of the noises.
-    """
-    cond = pipeline.encode(list(prompts), list(meta))
-    g = torch.Generator().manual_seed(seed)
-    device = next(pipeline.denoiser.parameters()).device
-    gaps = []
-    for t in DRIFT_TIMES:
-        noise = torch.randn(x0.shape, generator=g)
-        x = policy.process.diffuse(x0, t, noise).to(device)
-        base = policy.posterior(x, t, cond, "reference").velocity
-        with policy.playing(role):
-            gaps.append(((policy.posterior(x, t, cond).velocity - base) ** 2).mean())
-    return float(torch.stack(gaps).mean())

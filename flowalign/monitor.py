@@ -6,9 +6,8 @@ Every check samples the same prompts from the same noises as the base did and re
     held_out     every evaluation reward that is not trained on
     spread       diversity: root mean square distance of thumbnails from the mean of their prompt's, as a share of the
                  base's; beside it the layouts kept, where the world can name layouts
-    drift, kl    distance to the base: mean squared difference of velocities on the base's samples, and the divergence
-                 of the Flow-GRPO SDE's paths (a = .7), in nats per sample on the model's own:
-                 KL ≈ Σ_t Δ · KL( p_θ(x_{t-h} | x_t) ‖ p_base(x_{t-h} | x_t) ) / h
+    drift, kl    distance to the base (:mod:`flowalign.distance`): mean squared difference of velocities on the base's
+                 samples, and the divergence of the Flow-GRPO SDE's paths, in nats per sample on the model's own
 
 The rule. Let T_i ± s_i and H_i ± u_i be the gains of the trained and of a held-out reward at check i, and j < i the
 check with the largest H so far. Check i *speaks* if, with z = 3,
@@ -31,11 +30,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowalign.evaluate import DRIFT_TIMES, Exam, Outcome, category, compare, drift, examine, mean_se
-from flowalign.kernels import EulerMaruyama
-from flowalign.laws import FlowGrpo
-from flowalign.policy import Policy
-from flowalign.protocols import Pipeline
+from flowalign.comparison import compare, mean_se
+from flowalign.distance import drift, path_kl
+from flowalign.evaluate import examine
+from flowalign.exam import Exam, Outcome, category
 
 if TYPE_CHECKING:
     from flowalign.run import Run
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 __all__ = ["Checker", "Mark", "grouped", "hacking", "marks", "measure_drift", "path_kl", "spread"]
 
 Z = 3.0
-SDE = EulerMaruyama(FlowGrpo(0.7))
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -75,34 +72,6 @@ def within(values: Tensor, row: Tensor) -> float:
     parts = [p for p in parts if len(p) > 1] or [values]
     free = sum(len(p) - 1 for p in parts)
     return float((sum(((p - p.mean()) ** 2).sum() for p in parts) / max(free, 1)) ** 0.5)
-
-
-@torch.no_grad()
-def path_kl(
-    pipeline: Pipeline, policy: Policy, prompts: Sequence[str], meta: Sequence[Any], x0: Tensor, role: str, seed: int
-) -> float:
-    """Return the divergence of a role's sampling paths from the base's, in nats per sample; see the module.
-
-    Args:
-        pipeline: the generator.
-        policy: with the role ``reference``.
-        prompts: of each sample.
-        meta: of each sample.
-        x0: the role's own clean samples ``(B, *)``.
-        role: whose divergence.
-        seed: of the noises.
-    """
-    cond = pipeline.encode(list(prompts), list(meta))
-    g, h = torch.Generator().manual_seed(seed), 0.02
-    device = next(pipeline.denoiser.parameters()).device
-    total = 0.0
-    for t in DRIFT_TIMES:
-        x = policy.process.diffuse(x0, t, torch.randn(x0.shape, generator=g)).to(device)
-        base, _ = SDE(x, policy.posterior(x, t, cond, "reference"), t, t - h)
-        with policy.playing(role):
-            law, _ = SDE(x, policy.posterior(x, t, cond), t, t - h)
-        total += float(law.kl(base).mean()) / h / len(DRIFT_TIMES)
-    return total
 
 
 def measure_drift(run: Run, exam: Exam, base: Outcome, role: str, limit: int = 64) -> float:
