@@ -40,6 +40,7 @@ class Facts:
 
     Attributes:
         judge: strict reward, the truth that accuracies are reported by.
+        held: rewards that the checks of a run watch beside those, where none are asked for; "" for none.
         layouts: ``module:function`` that names arrangements; "" for none.
         train: prompt set to learn from; ``focus`` is the train split with seven prompts of the focus to one other.
         focus: category that has room to improve.
@@ -49,6 +50,7 @@ class Facts:
     """
 
     judge: str
+    held: str = ""
     layouts: str = ""
     train: str = "focus"
     focus: str = "count"
@@ -58,7 +60,8 @@ class Facts:
 
 
 WORLDS: dict[str, Facts] = {
-    "shapes": Facts("shapes", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
+    "shapes": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
+    "shapes-turbo": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
 }
 
 
@@ -101,7 +104,7 @@ class Job:
         judged: the same generator as it is evaluated, which may differ in guidance.
         scorer: of the training.
         judge: of the evaluation; its first reward is the headline.
-        watch: of the checks: the judge's rewards, then what else is trained on.
+        watch: of the checks: the judge's rewards, the world's held-out ones, then what else is trained on.
         source: training prompts.
         exam: final evaluation.
         check: small evaluation while training; None for none.
@@ -131,6 +134,8 @@ def build(config: RunConfig) -> Job:
         ValueError: for whatever does not exist, with the nearest names that do.
     """
     e, facts = config.evaluation, WORLDS.get(config.pipeline)
+    if ":" not in config.pipeline:
+        _location(config.pipeline)  # a name that is misspelt is found before prompts are missed that it would bring
     spec = _set(config.prompts, config, facts, "train")
     if not spec:
         raise ValueError(
@@ -148,12 +153,13 @@ def build(config: RunConfig) -> Job:
     weights = reward_weights(config.reward)
     judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
     judges = open_rewards(judge_spec, device) if judge_spec else plain
+    held = open_rewards(facts.held, device) if facts is not None and facts.held and e.every and e.rewards is None else {}
     steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
         Scorer(judged, judges),
-        Scorer(judged, {**judges, **{n: r for n, r in plain.items() if n not in judges}}),
+        Scorer(judged, {**plain, **held, **judges} | judges and {**judges, **held, **plain, **judges}),
         make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,
@@ -284,6 +290,8 @@ def open_parts(config: SteerConfig) -> tuple[Pipeline, Scorer, list[Prompt], Pol
         ValueError: for whatever does not exist.
     """
     facts = WORLDS.get(config.pipeline)
+    if ":" not in config.pipeline:
+        _location(config.pipeline)
     spec = config.prompts or (f"{config.pipeline}:{facts.report}" if facts is not None else "")
     if not spec:
         raise ValueError("no prompts are given: set prompts to a file, or write the prompt itself.")

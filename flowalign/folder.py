@@ -51,6 +51,19 @@ class Folder:
         """Make the folder of a new run, or go back to that of an old one.
 
         Raises:
+            ValueError: see :meth:`check`.
+        """
+        cls.check(config, resume)
+        folder = cls(config.folder)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write("config.yaml", _yaml(to_dict(config)))
+        return folder
+
+    @classmethod
+    def check(cls, config: RunConfig, resume: bool = False) -> None:
+        """Refuse a folder that :meth:`open` would not open, and write nothing.
+
+        Raises:
             ValueError: if a new run would overwrite an old one, or a resumed one differs in more than its budget.
         """
         folder = cls(config.folder)
@@ -61,13 +74,12 @@ class Folder:
             )
         if folder.exists:
             folder._same(config)
+        elif folder.path.exists() and not folder.path.is_dir():
+            raise ValueError(f"{folder.path} is a file, and a run needs a folder: choose another one with --output.")
         elif folder.path.is_dir() and any(folder.path.iterdir()):
             raise ValueError(
                 f"{folder.path} is not empty and holds no run of flowalign: choose another folder with --output."
             )
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write("config.yaml", _yaml(to_dict(config)))
-        return folder
 
     @property
     def exists(self) -> bool:

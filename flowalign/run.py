@@ -114,8 +114,7 @@ def start(config: RunConfig, resume: bool = False) -> Run:
             "flowalign train runs in one process; WORLD_SIZE says that there are several. Call flowalign.fit with an "
             "accelerate.Accelerator of your own for several."
         )
-    if Folder(config.folder).exists and not resume:
-        Folder.open(config)  # raises
+    Folder.check(config, resume)
     torch.manual_seed(config.fit.seed)
     job = build(config)
     recipe = method.recipe(job.pipeline.times(config.fit.steps))

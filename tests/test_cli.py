@@ -112,6 +112,13 @@ def test_bad_input(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train flow-grpo", "steer best-of-n"])
+def test_a_misspelt_world_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    """Without prompts too, which a world would have brought: the name is what is wrong."""
+    text = fails(capsys, *command.split(), "--pipeline", "shpes", "--output", str(tmp_path / "run"))
+    assert "no pipeline is called 'shpes'. Nearest demo worlds: shapes" in text
+
+
 def test_empty_prompts(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompt files are checked with their line."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt"}\n')

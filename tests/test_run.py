@@ -91,6 +91,24 @@ def test_a_folder_with_a_run_is_safe(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="not empty"):
         train(replace(config, output=other), progress=False)
     assert [p.name for p in other.iterdir()] == ["precious.txt"]
+    with pytest.raises(ValueError, match="is a file, and a run needs a folder"):
+        train(replace(config, output=other / "precious.txt"), progress=False)
+
+
+def test_a_folder_is_refused_before_anything_is_loaded(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full, of another run, resumed with other settings: nobody waits for a model to be told."""
+    train(config, progress=False)
+    monkeypatch.setattr("flowalign.run.build", lambda config: pytest.fail("something was loaded"))
+    full = config.folder.parent / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    for changed, resume, words in (
+        (config, False, "holds a run already"),
+        (replace(config, output=full), False, "not empty"),
+        (replace(config, reward="tests.runworld:Bright"), True, "cannot be resumed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(changed, resume=resume, progress=False)
 
 
 def test_resume_with_a_larger_budget_is_one_run(config: RunConfig) -> None:
