@@ -153,13 +153,14 @@ def build(config: RunConfig) -> Job:
     weights = reward_weights(config.reward)
     judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
     judges = open_rewards(judge_spec, device) if judge_spec else plain
-    held = open_rewards(facts.held, device) if facts is not None and facts.held and e.every and e.rewards is None else {}
+    watched = facts.held if facts is not None and e.every and e.rewards is None else ""
+    held = open_rewards(watched, device) if watched else {}
     steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
         Scorer(judged, judges),
-        Scorer(judged, {**plain, **held, **judges} | judges and {**judges, **held, **plain, **judges}),
+        Scorer(judged, {**judges, **{n: r for n, r in {**held, **plain}.items() if n not in judges}}),
         make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,

@@ -43,7 +43,7 @@ class Evaluation:
         steps: sampling steps; those of the training when None.
         guidance: whether the pipeline's guidance rule is on; the base should be judged at its best.
         rewards: held-out rewards, a specification like ``reward``; off the demo worlds the first is the headline, and
-            the training's own reward is when None.
+            the training's own reward is when None. A demo world's own are watched in the checks when None; "" for none.
         layouts: module:function(media, prompts) -> (B,) integers that name arrangements; the world's own when None.
         seed: of the noises.
         every: iterations between checks while training, of the trained reward beside held-out ones, diversity and

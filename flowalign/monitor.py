@@ -189,7 +189,7 @@ class Checker:
             "kl": self._kl(outcome, role) if iteration else 0.0,
             **self.watched(outcome),
         }
-        for score in outcome.scores:
+        for score in self.base.scores:  # a base kept by an older version may know fewer
             parts = compare(self.base, outcome, score)
             record[score] = {c: p.to_dict() for c, p in parts.items()}
         run.folder.append("checks.jsonl", record)
@@ -205,7 +205,7 @@ class Checker:
                 "mean": float(after.mean()), "std": within(after, outcome.row), "gain": mean_se(after - before)
             },
             "held_out": {
-                n: mean_se(v - self.base.scores[n]) for n, v in outcome.scores.items() if n not in weights
+                n: mean_se(outcome.scores[n] - v) for n, v in self.base.scores.items() if n not in weights
             },
             "spread": None if kept is None or not whole else kept / whole,
         }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.build import build
+from flowalign.build import WORLDS, Facts, build
 from flowalign.config import Evaluation, RunConfig, default
 from flowalign.evaluate import DRIFT_TIMES, Exam, Outcome, thumbnails
 from flowalign.folder import Folder
@@ -184,6 +184,25 @@ def test_nothing_held_out_is_said(config: RunConfig) -> None:
     assert "nothing is held out" in (plain.folder / "report.html").read_text()
     watched = build(replace(config, permute=True)).watch.rewards
     assert list(watched)[-1] == "tests.hackable:Bright" and type(watched["tests.hackable:Bright"]).__name__ == "Bright"
+
+
+def test_a_world_holds_a_reward_out(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of a demo world watch its held-out reward unless others are named; the final exam stays as it is."""
+    assert {w.held for w in WORLDS.values()} == {"shapes-clip"}
+    world = Facts("tests.hackable:Pleasant", held="tests.hackable:Honest")
+    monkeypatch.setitem(WORLDS, config.pipeline, world)
+    plain = replace(config.evaluation, rewards=None, prompts=config.prompts, check_prompts=config.prompts)
+
+    def watched(**change: object) -> list[str]:
+        job = build(replace(config, evaluation=replace(plain, **change)))  # type: ignore[arg-type]
+        assert "Honest" not in str(list(job.judge.rewards)) or change
+        return [n.rpartition(":")[2] for n in job.watch.rewards]
+
+    assert watched() == ["Pleasant", "Honest", "Bright"]
+    assert watched(rewards="") == watched(every=0) == ["Pleasant", "Bright"]
+    assert watched(rewards="tests.hackable:Bright") == ["Pleasant", "Bright"]
+    trained = build(replace(config, reward="tests.hackable:Honest", evaluation=plain))
+    assert list(trained.watch.rewards) == ["tests.hackable:Pleasant", "tests.hackable:Honest"]
 
 
 def test_checks_are_on_by_default() -> None:
