@@ -15,7 +15,7 @@ from torch import Tensor
 from flowalign.hearing import Heard, hearing
 from flowalign.learner import learners_of
 from flowalign.ledger import Ledger
-from flowalign.pause import Pause
+from flowalign.pause import Away, Pause
 from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
 from flowalign.replay import checkpointed
 
@@ -106,6 +106,9 @@ class Scorer:
     ) -> tuple[dict[str, Tensor], Heard]:
         """Return the scores of :meth:`judge`, and what the rewards told of the samples.
 
+        All calls are booked before the first one is made. One that raises was paid for, unless its judge was away; those
+        after it are given back.
+
         Args:
             media: what is judged.
             prompts: one per sample.
@@ -116,15 +119,20 @@ class Scorer:
         out: dict[str, Tensor] = {}
         heard = Heard()
         with self.lock:
-            for name, reward in self.rewards.items():
+            self.ledger.rewards += len(media) * len(self.rewards)
+            try:
+                for name, reward in self.rewards.items():
 
-                def once(name: str = name, reward: Reward = reward) -> tuple[Tensor, Heard]:
-                    with hearing() as told:
-                        return check_scores(reward(media, prompts, meta), len(media), name), told
+                    def once(name: str = name, reward: Reward = reward) -> tuple[Tensor, Heard]:
+                        with hearing() as told:
+                            return check_scores(reward(media, prompts, meta), len(media), name), told
 
-                out[name], told = self.pause.outlast(once) if patient else once()
-                heard += told
-            self.ledger.rewards += len(media) * len(out)
+                    out[name], told = self.pause.outlast(once) if patient else once()
+                    heard += told
+            except BaseException as error:
+                paid = len(out) + (not isinstance(error, Away))
+                self.ledger.rewards -= len(media) * (len(self.rewards) - paid)
+                raise
         return out, heard
 
 

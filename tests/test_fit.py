@@ -18,6 +18,7 @@ from flowalign.credit import Gains, Group, Normalise
 from flowalign.fit import fit
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo, Memoryless
+from flowalign.ledger import Budget, BudgetSpent
 from flowalign.objectives import AdjointMatching, Backprop, Clip, DiffusionNFT, FlowDPO, TrajectoryBalance
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora, prepare
@@ -224,6 +225,29 @@ def test_bad_rewards(how: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         next(fit(toy, Scorer(toy, {"b": Broken(how)}), Prompts(["a"]), Recipe(SDE, Clip(SDE)), OPTIONS,
                  policy=policy, parameters=parameters))  # fmt: skip
+
+
+def test_calls_are_paid_for_before_they_are_made() -> None:
+    """A reward that raises is booked, one that was not reached is not, and over a budget none is asked at all."""
+    toy, asked = Toy(), []
+
+    class Counting(Bright):
+        def __call__(self, media: torch.Tensor, prompts: list[str], meta: object = None) -> torch.Tensor:
+            asked.append(len(media))
+            return super().__call__(media, prompts, meta)
+
+    scorer = Scorer(toy, {"a": Counting(), "b": Broken("nan"), "c": Counting()})
+    media, prompts = torch.rand(5, 3, 2, 2), ["a"] * 5
+    with pytest.raises(ValueError, match="never counted as zero"):
+        scorer.judge(media, prompts)
+    assert scorer.ledger.rewards == 2 * 5 and asked == [5]
+    scorer = Scorer(toy, {"a": Counting(), "c": Counting()})
+    with scorer.ledger.within(Budget.parse("14rewards")):
+        scorer.judge(media, prompts)
+        assert scorer.ledger.rewards == 10 and asked == [5, 5, 5]
+        with pytest.raises(BudgetSpent):
+            scorer.judge(media, prompts)
+    assert scorer.ledger.rewards == 10 and asked == [5, 5, 5]
 
 
 def test_variants_share_a_group() -> None:
