@@ -237,14 +237,23 @@ def _query(name: str) -> dict[str, Any]:
 
 
 def _check_options(name: str, make: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that the class does not have, before its weights load."""
-    known = inspect.signature(make).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
+    """Refuse arguments that the class does not have, and their lack where it needs some, before its weights load."""
+    signature = inspect.signature(make)
+    known = signature.parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for key in kwargs:
-        if key not in known:
+        if key not in known and not open_ended:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
             raise ValueError(f"reward {name!r} has no option {key!r}; nearest: {', '.join(near) or 'it has none'}.")
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        hint = (
+            "A function that scores becomes a reward by the decorator @reward(name) of flowalign.rewards.algebra."
+            if "media" in known
+            else f"Give it as an option: {name}?option=value."
+        )
+        raise ValueError(f"reward {name!r} cannot be made: {error}. {hint}") from error
 
 
 def cards() -> list[Card]:

@@ -89,6 +89,12 @@ def test_users_module_is_found_in_the_working_folder(tmp_path, monkeypatch):
 
             class Empty:
                 pass
+
+            def plain(media, prompts, meta=None):
+                return media.sum((1, 2, 3))
+
+            def made(scale):
+                return Mine(scale)
             """
         )
     )
@@ -103,6 +109,10 @@ def test_users_module_is_found_in_the_working_folder(tmp_path, monkeypatch):
         load("my_rewards_77:Empty")
     with pytest.raises(ValueError, match="ready reward"):
         load("my_rewards_77:fun@weights")
+    with pytest.raises(ValueError, match=r"'my_rewards_77:plain' cannot be made: .*'media'.* the decorator @reward"):
+        load("my_rewards_77:plain")
+    with pytest.raises(ValueError, match=r"'scale'\. Give it as an option: my_rewards_77:made\?option=value"):
+        load("my_rewards_77:made")
     with pytest.raises(ModuleNotFoundError, match="not_there_77"):
         load("my_broken_77:X")
 
