@@ -162,8 +162,11 @@ def train(args: list[str]) -> None:
         print(TRAIN_HELP.format(methods=", ".join(names("training"))))
         return
     config, resume, quiet = _train_config(args, RunConfig)
+    from flowalign.folder import Folder
     from flowalign.run import train as run
 
+    if resume and not Folder(config.folder).exists:
+        print(f"{config.folder} holds no run to go on with: a new one begins.", file=sys.stderr)
     summary = run(config, resume, progress=not quiet)
     print(_table(summary))
     print(f"\n{config.folder}/report.html")

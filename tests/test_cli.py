@@ -126,8 +126,9 @@ def test_empty_prompts(options: list[str], tmp_path: Path, capsys: pytest.Captur
 
 
 def test_existing_run(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder with a run is refused in one line."""
-    main(["train", "diffusion-nft", *options])
+    """A folder with a run is refused in one line; a resumed run where there is none says that it begins one."""
+    main(["train", "diffusion-nft", *options, "--resume"])
+    assert f"{tmp_path}/run holds no run to go on with: a new one begins." in capsys.readouterr().err
     assert "holds a run already" in fails(capsys, "train", "diffusion-nft", *options)
 
 
