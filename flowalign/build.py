@@ -154,13 +154,13 @@ def build(config: RunConfig) -> Job:
     judge_spec = e.rewards if facts is None else ", ".join(filter(None, (facts.judge, e.rewards)))
     judges = open_rewards(judge_spec, device) if judge_spec else plain
     watched = facts.held if facts is not None and e.every and e.rewards is None else ""
-    held = open_rewards(watched, device) if watched else {}
+    aside = open_rewards(watched, device) if watched else {}
     steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
         Scorer(judged, judges),
-        Scorer(judged, {**judges, **{n: r for n, r in {**held, **plain}.items() if n not in judges}}),
+        Scorer(judged, {**judges, **{n: r for n, r in {**aside, **plain}.items() if n not in judges}}),
         make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,

@@ -42,7 +42,7 @@ def test_what_is_there_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     """A grid that was stopped goes on with what is missing, whole seeds first; a half-written file is no result."""
     done: list[tuple[str, int, float | None]] = []
 
-    def one(world, row, seed, rate, device="cpu"):
+    def one(world, row, seed, rate, device="cpu", out=None):
         if world.evaluations > 1:  # not the one that warms up
             done.append((row, seed, rate))
         return made(row, seed, [0.1, 0.2, 0.3, 0.4 if rate != 3e-3 else 0.9])
@@ -88,7 +88,7 @@ def test_table_and_claims_by_hand(tmp_path: Path) -> None:
     }  # fmt: skip
     for (row, seed), gains in files.items():
         (tmp_path / f"{row}-seed{seed}.json").write_text(json.dumps(made(row, seed, gains)))
-    results = cc.read(tmp_path)
+    results = cc.read(tmp_path, cc.ROWS)
     lines = cc.table(results).splitlines()
     assert lines[2].startswith("| dense-grpo | 2 | 0.001 | +42.0 ± 2.0 | +42.0 ± 2.0 | 50 % | 100 % | 250 |")
     assert lines[3].startswith("| flow-grpo | 2 | 0.001 | +20.0 ± 0.0 |")

@@ -195,7 +195,7 @@ def test_a_world_holds_a_reward_out(config: RunConfig, monkeypatch: pytest.Monke
 
     def watched(**change: object) -> list[str]:
         job = build(replace(config, evaluation=replace(plain, **change)))  # type: ignore[arg-type]
-        assert "Honest" not in str(list(job.judge.rewards)) or change
+        assert "Honest" not in str(list(job.judge.rewards)) and len(job.exam.prompts) == 2
         return [n.rpartition(":")[2] for n in job.watch.rewards]
 
     assert watched() == ["Pleasant", "Honest", "Bright"]

@@ -6,27 +6,37 @@
 ``run`` trains every row (a method with its settings) with every seed until *both* budgets are spent, network
 evaluations of sampling and training as the ledger books them and seconds of training (by the clock; on a CPU those of
 the process, with one thread, so that other work on the machine does not count). The policy is judged by the world's
-strict reward on held-out prompts, at fixed parts of each budget. One JSON file per (row, seed);
-what is there already is not done again, so the command can be stopped and repeated at any time. ``--tune`` tries
-learning rates on seeds of its own first and ``run`` then takes each row's best. Settings are the methods' demo presets
-without penalty, with the world's group size, steps and batch for all alike.
+strict reward on held-out prompts, at fixed parts of each budget, all of them on the same images. One JSON file per
+(row, seed); what is there already is not done again, so the command can be stopped and repeated at any time, one piece
+at a time if the machine is shared:
+
+    for s in 0 1 2; do for r in flow-grpo tp-grpo; do
+        flock /tmp/heavy.lock python tests/benchmarks/compare_credit.py run --rows $r --seeds $s --out ...; done; done
+
+``--tune`` first tries learning rates, on seeds of its own and, on the shapes world, on the prompts that recipes are
+chosen on; ``run`` then takes each row's best. Settings are the methods' demo presets without penalty, with the world's
+group size, steps, batch and optimiser for all alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests.benchmarks.credit_table import at, claims, draw, mean, parts, reach, read, table  # noqa: E402
+
+__all__ = ["at", "claims", "configuration", "draw", "mean", "one", "parts", "reach", "read", "table"]
 
 TUNING = (100, 101)  # seeds that learning rates are chosen on, and no figure is reported from
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of each budget, at which the policy is judged
@@ -45,6 +55,10 @@ class World:
         images: held-out images per category.
         toy: settings of rows that differ from the demo presets, by row.
         rates: learning rates to tune over.
+        parts: of each budget, at which the policy is judged.
+        categories: of prompts that it is judged on; all when empty.
+        trial: keys of the evaluation while learning rates are tried.
+        warm: whether a process first does an iteration that is thrown away, so that imports count for no method.
     """
 
     data: Settings
@@ -53,6 +67,10 @@ class World:
     images: int
     toy: dict[str, Settings] = field(default_factory=dict)
     rates: tuple[float, ...] = ()
+    parts: tuple[float, ...] = PARTS
+    categories: tuple[str, ...] = ()
+    trial: Settings = field(default_factory=dict)
+    warm: bool = True
 
 
 ROWS: dict[str, Settings] = {
@@ -75,7 +93,9 @@ ROWS: dict[str, Settings] = {
     "ddpo": {"name": "ddpo"},
     "talk2move": {"name": "talk2move"},
 }  # fmt: skip
-SHORT = ("flow-grpo", "dense-grpo", "tp-grpo", "dance-grpo", "euphonium", "branch-grpo", "b2-diffurl")
+SHORT = (
+    "flow-grpo", "tp-grpo", "flow-sde", "dense-grpo", "dance-grpo", "branch-grpo", "euphonium", "ddpo", "b2-diffurl"
+)  # fmt: skip
 
 CLIP: dict[str, Settings] = {row: {"clip": 1e-2} for row in ROWS}
 WORLDS = {
@@ -98,8 +118,13 @@ WORLDS = {
         (3e-3, 1e-2, 3e-2),
     ),
     "shapes": World(
-        {"pipeline": "shapes", "reward": "shapes", "fit": {"groups": 8, "size": 16, "steps": 10, "batch": 192}},
-        300_000, 600.0, 100, rates=(1e-4, 2e-4, 4e-4),
+        {
+            "pipeline": "shapes", "reward": "shapes", "precision": "bf16",
+            "fit": {"groups": 8, "size": 16, "steps": 10, "batch": 192, "betas": (0.9, 0.99), "weight_decay": 0.0,
+                    "warmup": 5},
+        },
+        300_000, 600.0, 400, rates=(1e-4, 3e-4), parts=(0.5, 1.0), categories=("count",),
+        trial={"prompts": "shapes:select"}, warm=False,
     ),
 }  # fmt: skip
 
@@ -116,12 +141,23 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
     return compose(data, None, where=row)
 
 
-def one(world: World, row: str, seed: int, rate: float | None, device: str = "cpu") -> dict[str, Any]:
-    """Train until both budgets are spent; return the curve."""
+def one(
+    world: World, row: str, seed: int, rate: float | None, device: str = "cpu", out: Path | None = None
+) -> dict[str, Any]:
+    """Train until both budgets are spent; return the curve.
+
+    Args:
+        world: where.
+        row: which.
+        seed: of the training.
+        rate: learning rate; the preset's when None.
+        device: where.
+        out: folder that keeps the base's verdict, which is the same for all runs; None to judge it anew.
+    """
     import torch
 
     from flowalign.build import build
-    from flowalign.evaluate import examine
+    from flowalign.evaluate import category, examine
     from flowalign.fit import fit
     from flowalign.ledger import Ledger
     from flowalign.policy import Policy
@@ -132,27 +168,60 @@ def one(world: World, row: str, seed: int, rate: float | None, device: str = "cp
     job = build(config)
     recipe = config.method.recipe(job.pipeline.times(config.fit.steps))
     roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
-    policy, parameters = prepare(job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, context=job.context)
-    other = Policy(job.judged, policy.roles, Ledger(), None, job.context)
-    look = lambda role: examine(job.judged, other, job.judge, job.exam, role=role, layouts=job.layouts)  # noqa: E731
-    base, role = look("reference"), "current" if config.ema is None else "ema"
-    out: dict[str, Any] = {
+    policy, parameters = prepare(
+        job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, context=job.context, frozen=job.frozen
+    )
+    other = Policy(job.judged, policy.roles, Ledger(), None, job.frozen)
+    asked = [p for p in job.exam.prompts if not world.categories or category(p) in world.categories]
+    exam = replace(job.exam, prompts=asked)
+    look = lambda role: examine(job.judged, other, job.judge, exam, role=role, layouts=job.layouts)  # noqa: E731
+    base, role = judged(out, exam, parameters, lambda: look("reference")), "current" if config.ema is None else "ema"
+    found: dict[str, Any] = {
         "row": row, "seed": seed, "lr": config.fit.lr, "world": config.pipeline, "device": device,
-        "budgets": {"evaluations": world.evaluations, "seconds": world.seconds}, "method": ROWS[row],
+        "precision": config.precision, "method": ROWS[row], "weights": digest(parameters),
+        "budgets": {"evaluations": world.evaluations, "seconds": world.seconds},
         "curve": [point(base, base, 0, 0, 0.0, "start")],
     }  # fmt: skip
     stream = fit(job.pipeline, job.scorer, job.source, recipe, config.fit, policy=policy, parameters=parameters)
     clock = time.process_time if config.device == "cpu" else time.perf_counter
+    seen: tuple[int, Any] = (0, base)
     for i, evaluations, seconds, why in until(stream, job.scorer, world, clock):
-        out["curve"].append(point(base, look(role), i, evaluations, seconds, why))
-    return out
+        if seen[0] != i:
+            seen = (i, look(role))
+        found["curve"].append(point(base, seen[1], i, evaluations, seconds, why))
+    return found
+
+
+def digest(parameters: Any) -> str:
+    """Return a name of the weights that a run starts from."""
+    import torch
+
+    flat = torch.cat([p.detach().float().flatten().cpu() for p in parameters])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12]
+
+
+def judged(out: Path | None, exam: Any, parameters: Any, look: Callable[[], Any]) -> Any:
+    """Return the verdict on the base, kept beside the results: runs of one folder are paired with the same one."""
+    import torch
+
+    from flowalign.exam import Outcome
+
+    if out is None:
+        return look()
+    path = out / "base" / f"{digest(parameters)}-{exam.mark['prompts']:x}-{exam.images}-{exam.steps}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        torch.save(look().state_dict(), temporary)
+        os.replace(temporary, path)
+    return Outcome.recall(torch.load(path, weights_only=True))
 
 
 def until(
     stream: Iterator[dict[str, float]], scorer: Any, world: World, clock: Callable[[], float]
 ) -> Iterator[tuple[int, int, float, str]]:
     """Yield (iteration, evaluations, seconds, which budget) whenever a part of a budget has been spent."""
-    waiting = {"evaluations": list(PARTS), "seconds": list(PARTS)}
+    waiting = {"evaluations": list(world.parts), "seconds": list(world.parts)}
     budget = {"evaluations": world.evaluations, "seconds": world.seconds}
     seconds = 0.0
     while any(waiting.values()):
@@ -160,9 +229,9 @@ def until(
         metrics = next(stream)
         seconds += clock() - began
         spent = {"evaluations": scorer.ledger.evaluations, "seconds": seconds}
-        for unit, parts in waiting.items():
-            while parts and spent[unit] >= parts[0] * budget[unit]:
-                yield int(metrics["iteration"]), spent["evaluations"], seconds, f"{unit}:{parts.pop(0):g}"
+        for unit, left in waiting.items():
+            while left and spent[unit] >= left[0] * budget[unit]:
+                yield int(metrics["iteration"]), spent["evaluations"], seconds, f"{unit}:{left.pop(0):g}"
 
 
 def point(base: Any, now: Any, iteration: int, evaluations: int, seconds: float, why: str) -> dict[str, Any]:
@@ -170,13 +239,14 @@ def point(base: Any, now: Any, iteration: int, evaluations: int, seconds: float,
     from flowalign.evaluate import compare, mean_se
     from flowalign.monitor import spread
 
-    parts = compare(base, now)
-    kept = [p.kept for p in parts.values() if p.kept is not None]
+    by_category = compare(base, now)
+    kept = [p.kept for p in by_category.values() if p.kept is not None]
     return {
         "why": why, "iteration": iteration, "evaluations": evaluations, "seconds": seconds,
         "accuracy": mean_se(now.judged), "gain": mean_se(now.judged - base.judged), "spread": spread(now),
         "layouts_kept": sum(kept) / len(kept) if kept else None,
-        "by_category": {k: [p.after[0], p.gain[0], p.gain[1]] for k, p in parts.items()},
+        "by_category": {k: [p.after[0], p.gain[0], p.gain[1]] for k, p in by_category.items()},
+        "right": "".join("01"[int(v > 0.5)] for v in now.judged.tolist()),
     }  # fmt: skip
 
 
@@ -185,10 +255,10 @@ def best_rate(out: Path, row: str, world: World) -> float | None:
     """Return the learning rate with the best mean curve in a row's tuning runs; None where there are none."""
     tried = {}
     for rate in world.rates:
-        files = [out / "tuning" / f"{row}-lr{rate:g}-seed{s}.json" for s in TUNING]
-        if all(f.is_file() for f in files):
+        files = [f for s in TUNING if (f := out / "tuning" / f"{row}-lr{rate:g}-seed{s}.json").is_file()]
+        if files:
             found = [json.loads(f.read_text()) for f in files]
-            tried[rate] = mean([at(x, "evaluations", p)["accuracy"][0] for x in found for p in PARTS])[0]
+            tried[rate] = mean([p["gain"][0] for x in found for p in x["curve"][1:]])[0]
     return max(tried, key=lambda r: tried[r]) if tried else None
 
 
@@ -196,7 +266,9 @@ def grid(args: argparse.Namespace, world: World) -> None:
     """Do what is not there yet, seed by seed, so that a stopped grid is a smaller one and not a lopsided one."""
     todo: list[tuple[Path, str, int, float | None]] = []
     if args.tune:
-        for seed in TUNING:
+        data = {**world.data, "evaluation": {**world.data.get("evaluation", {}), **world.trial}}
+        world = replace(world, data=data)
+        for seed in TUNING if args.trials is None else TUNING[: args.trials]:
             for row in args.rows:
                 todo += [
                     (args.out / "tuning" / f"{row}-lr{r:g}-seed{seed}.json", row, seed, r) for r in world.rates
@@ -204,7 +276,7 @@ def grid(args: argparse.Namespace, world: World) -> None:
     else:
         for seed in args.seeds:
             todo += [(args.out / f"{row}-seed{seed}.json", row, seed, None) for row in args.rows]
-    began, warm = time.perf_counter(), False
+    began, warm = time.perf_counter(), not world.warm
     for path, row, seed, rate in todo:
         if path.is_file():
             continue
@@ -214,131 +286,17 @@ def grid(args: argparse.Namespace, world: World) -> None:
         if args.minutes is not None and time.perf_counter() - began > 60 * args.minutes:
             print("out of time; repeat the command to go on", flush=True)
             return
-        found = one(world, row, seed, rate or best_rate(args.out, row, world), args.device)
+        found = one(world, row, seed, rate or best_rate(args.out, row, world), args.device, args.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(temporary, path)
-        end = at(found, "evaluations", 1.0)
-        print(f"{path.name:42} lr {found['lr']:g}  {end['accuracy'][0]:.3f} ({end['gain'][0]:+.3f})  "
-              f"{found['curve'][-1]['seconds']:.0f} s", flush=True)  # fmt: skip
-
-
-# -- table and plot --------------------------------------------------------------------------------------------------
-def at(result: dict[str, Any], unit: str, part: float) -> dict[str, Any]:
-    """Return the point at a part of a budget."""
-    return next(p for p in result["curve"] if p["why"] == f"{unit}:{part:g}")
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard error over seeds; NaN for one seed."""
-    m = sum(values) / len(values)
-    if len(values) < 2:
-        return m, math.nan
-    return m, math.sqrt(sum((v - m) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-def read(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return results by row, in the order of ``ROWS``."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in ROWS:
-        files = sorted(out.glob(f"{row}-seed*.json"))
-        if files:
-            found[row] = [json.loads(f.read_text()) for f in files]
-    return found
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the comparison as Markdown; gains are paired with the base's pictures, errors are over seeds."""
-    budgets = next(iter(results.values()))[0]["budgets"]
-    e, s = budgets["evaluations"], budgets["seconds"]
-    lines = [
-        f"| row | seeds | lr | gain at {e:,} evaluations | gain at {s:g} s | spread kept | layouts kept | "
-        "evaluations an iteration | seconds for the evaluations |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    order = sorted(results, key=lambda r: -mean([at(x, "evaluations", 1.0)["gain"][0] for x in results[r]])[0])
-    for row in order:
-        runs = results[row]
-        ends = [at(x, "evaluations", 1.0) for x in runs]
-        cells = [_points(mean([at(x, unit, 1.0)["gain"][0] for x in runs])) for unit in ("evaluations", "seconds")]
-        spread = mean([p["spread"] / x["curve"][0]["spread"] for p, x in zip(ends, runs, strict=True)])[0]
-        kept = [p["layouts_kept"] for p in ends]
-        cells += [f"{100 * spread:.0f} %", "–" if None in kept else f"{100 * mean(kept)[0]:.0f} %"]
-        cells += [f"{mean([p['evaluations'] / p['iteration'] for p in ends])[0]:,.0f}"]
-        cells += [f"{mean([p['seconds'] for p in ends])[0]:.1f}"]
-        lines.append(f"| {row} | {len(runs)} | {runs[0]['lr']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _points(value: tuple[float, float]) -> str:
-    m, error = value
-    return f"{100 * m:+.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
-
-
-PAIRS = (
-    ("dense-grpo", "flow-sde", "DenseGRPO over Flow-GRPO (the same SDE)"),
-    ("dense-grpo", "flow-grpo", "DenseGRPO over Flow-GRPO (as in the demo)"),
-    ("tp-grpo", "flow-grpo", "TP-GRPO over Flow-GRPO"),
-    ("branch-grpo", "dance-grpo", "BranchGRPO over DanceGRPO"),
-    ("euphonium", "dance-grpo", "Euphonium over DanceGRPO"),
-)
-
-
-def claims(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the published comparisons, seed by seed at equal evaluations, and how soon one reaches the other's end."""
-    lines = ["| claim | difference, points | speed: evaluations to the rival's end |", "|---|---|---|"]
-    for a, b, what in PAIRS:
-        if a not in results or b not in results:
-            continue
-        rivals = {x["seed"]: x for x in results[b]}
-        both = [(x, rivals[x["seed"]]) for x in results[a] if x["seed"] in rivals]
-        if not both:
-            continue
-        gap = [at(x, "evaluations", 1.0)["gain"][0] - at(y, "evaluations", 1.0)["gain"][0] for x, y in both]
-        goal = mean([at(y, "evaluations", 1.0)["gain"][0] for _, y in both])[0]
-        speed = reach(results[b], goal) / reach(results[a], goal)
-        said = "never" if speed == 0 else f"{speed:.2f}×"
-        lines.append(f"| {what} | {_points(mean(gap))} | {said} |")
-    return "\n".join(lines)
-
-
-def reach(runs: list[dict[str, Any]], goal: float) -> float:
-    """Return the evaluations at which the mean curve first has a gain; infinite if it never does."""
-    before = (0.0, 0.0)
-    for part in PARTS:
-        y = mean([at(x, "evaluations", part)["gain"][0] for x in runs])[0]
-        x = mean([at(x, "evaluations", part)["evaluations"] for x in runs])[0]
-        if y >= goal:
-            return before[0] + (x - before[0]) * (goal - before[1]) / max(y - before[1], 1e-12)
-        before = (x, y)
-    return math.inf
-
-
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Plot accuracy against evaluations and seconds, with standard errors over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for ax, unit in zip(axes, ("evaluations", "seconds"), strict=True):
-        for i, (row, runs) in enumerate(results.items()):
-            points = [[x["curve"][0] for x in runs], *([at(x, unit, p) for x in runs] for p in PARTS)]
-            x = [mean([p[unit] for p in ps])[0] for ps in points]
-            y, error = zip(*(mean([p["accuracy"][0] for p in ps]) for ps in points), strict=True)
-            ax.plot(x, y, color=colours[i % 20], label=f"{row} ({len(runs)})", linewidth=1.6, marker="o", markersize=3)
-            low, high = ([a + k * (0 if math.isnan(b) else b) for a, b in zip(y, error, strict=True)] for k in (-1, 1))
-            ax.fill_between(x, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
-        ax.set_xlabel("network evaluations, sampling and training" if unit == "evaluations" else "seconds of training")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out strict accuracy")
-    axes[1].legend(fontsize=7.5, ncol=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+        end = found["curve"][-1]
+        print(
+            f"{path.name:42} lr {found['lr']:g}  {end['accuracy'][0]:.3f} ({end['gain'][0]:+.3f}±{end['gain'][1]:.3f}) "
+            f" {end['iteration']} iterations, {end['evaluations']} evaluations, {end['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -353,6 +311,8 @@ def main() -> None:
     p.add_argument("--images", type=int, help="held-out images per category and look")
     p.add_argument("--minutes", type=float, help="begin no further run after so long")
     p.add_argument("--tune", action="store_true", help="try learning rates on seeds of their own")
+    p.add_argument("--trials", type=int, help="seeds of each learning rate that is tried; all when not given")
+    p.add_argument("--rates", nargs="*", type=float, help="learning rates to try")
     p.add_argument("--device", default="cpu")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--figure", type=Path)
@@ -361,7 +321,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if args.what == "table":
-        results = read(args.out)
+        results = read(args.out, ROWS)
         print(table(results), claims(results), sep="\n\n")
         if args.figure is not None:
             draw(results, args.figure)
@@ -372,6 +332,8 @@ def main() -> None:
         p.error(f"no rows {sorted(strangers)}; there are {', '.join(ROWS)}.")
     world = WORLDS[args.world]
     given = {k: getattr(args, k) for k in ("evaluations", "seconds", "images") if getattr(args, k) is not None}
+    if args.rates:
+        given["rates"] = tuple(args.rates)
     grid(args, replace(world, **given))
 
 
