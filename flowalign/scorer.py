@@ -106,8 +106,8 @@ class Scorer:
     ) -> tuple[dict[str, Tensor], Heard]:
         """Return the scores of :meth:`judge`, and what the rewards told of the samples.
 
-        All calls are booked before the first one is made. One that raises was paid for, unless its judge was away; those
-        after it are given back.
+        All calls are booked before the first one is made. One that raises was paid for, unless its judge was away;
+        those after it are given back.
 
         Args:
             media: what is judged.
