@@ -1,96 +1,124 @@
 """Reward gradients against policy gradients on the demo model: one JSON per (method, seed), one table, one plot.
 
-    python -m tests.benchmarks.compare_gradients --seconds 30 --seeds 0 1 2     runs what is missing, then both
+    python -m tests.benchmarks.compare_gradients --seconds 15 --seeds 0 1 2     runs what is missing, then both
     python -m tests.benchmarks.compare_gradients --table                        only the table and the plot
 
-Every method trains all weights of ``shapes`` on the small open_clip model ``shapes-clip`` from the same prompts, for
-the same seconds of one core's own time (a busy machine does not count), and is looked at on held-out prompts with the
-same noises: the reward it was trained on, the strict judge, layouts among correct pictures (diversity), the velocity's
+Every method trains all weights of ``shapes`` on the small open_clip model ``shapes-clip``, from the same prompts, for
+the same seconds of one core's own time (a busy machine does not count). The base has room to improve in two of the four
+categories, count and mixed, so training and looks are on those alone. Looks are on held-out prompts with the same
+noises: the reward it was trained on, the strict judge, layouts among correct pictures (diversity), the velocity's
 distance to the base. Samples are those rolled out for training; peak bytes are those alive in one iteration, with
 gradients and the optimiser's moments, without the weights.
+
+A method's learning rate is its own. Where ``rates.json`` has none, short trials with a seed of their own choose it on
+the SELECT prompts: the largest gain of the reward among rates that do not cost the strict judge two standard errors;
+figures are reported on the REPORT prompts. The three methods that sample a tilt aim at the same one, exp(100 r).
+Flow-GRPO is the slowest, and goes on for four times as long, so that there is a gain of the policy gradient to hold the
+samples of the others against; what is compared at equal seconds is its state after the first quarter.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "gradients"
-PLOT = ROOT / "docs" / "figures" / "gradients.png"
-STEPS = 10
-LABELS = {
-    "draft-1": "DRaFT-1", "draft-3": "DRaFT-3", "draft-full": "DRaFT (all 10 steps)", "draft-lv": "DRaFT-LV (n = 2)",
-    "refl": "ReFL", "alignprop": "AlignProp", "adjoint-matching": "Adjoint Matching", "rtb": "RTB",
-    "nabla-db": "∇-DB", "flow-grpo": "Flow-GRPO",
-}  # fmt: skip
-GRADIENT = ("draft-1", "draft-3", "draft-full", "draft-lv", "refl", "alignprop", "adjoint-matching", "nabla-db")
+from tests.benchmarks.gradients_table import LABELS, RESULTS, draw, table
+
+STEPS, SCALE = 10, 100.0
+TAPED, STEPWISE, POLICY = (1e-4, 2e-4), (2e-4, 5e-4), (3e-4, 1e-3)  # rates tried: ends of what short trials bore
+CATEGORIES = ("count", "mixed")
+LONGER = {"flow-grpo": 4}
+TRIAL = {"seed": 100, "seconds": 15.0, "images": 120}
 
 
 def methods() -> dict[str, dict[str, Any]]:
     """Return the settings of every method: those of its demo preset, and what makes the variant."""
-    from flowalign.methods import METHODS
-
-    grown = {"groups": 4, "size": 4, "batch": 16, "accumulate": 0, "lr": 2e-4}
-    steps = {"groups": 4, "size": 8, "batch": 96, "lr": 2e-4}
-    table: dict[str, dict[str, Any]] = {
-        "draft-1": {"method": {"name": "draft", "depth": 1}, "fit": grown},
-        "draft-3": {"method": {"name": "draft", "depth": 3}, "fit": grown},
-        "draft-full": {"method": {"name": "draft", "mode": "full"}, "fit": grown},
-        "draft-lv": {"method": {"name": "draft", "depth": 1, "repeats": 2}, "fit": grown},
-        "refl": {"method": {"name": "draft", "mode": "refl", "depth": 3}, "fit": grown},
-        "alignprop": {"method": {"name": "draft", "mode": "random", "eta": 1.0}, "fit": grown},
-        "adjoint-matching": {"method": {"name": "adjoint-matching"}, "fit": steps},
-        "rtb": {"method": {"name": "rtb"}, "fit": {**steps, "batch": 16}},
-        "nabla-db": {"method": {"name": "nabla-db"}, "fit": steps},
-        "flow-grpo": {"method": {"name": "flow-grpo"}, "fit": steps},
+    grown = {"groups": 16, "size": 1, "batch": 16, "accumulate": 0}
+    steps = {"groups": 16, "size": 1, "batch": 80}
+    groups = {"groups": 4, "size": 8}
+    table: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[float, ...]]] = {
+        "draft-1": ({"name": "draft", "depth": 1}, grown, TAPED),
+        "draft-3": ({"name": "draft", "depth": 3}, grown, TAPED),
+        "draft-full": ({"name": "draft", "mode": "full"}, grown, TAPED),
+        "draft-lv": ({"name": "draft", "depth": 1, "repeats": 2}, grown, TAPED),
+        "refl": ({"name": "draft", "mode": "refl", "depth": 3}, grown, TAPED),
+        "alignprop": ({"name": "draft", "mode": "random", "eta": 1.0}, grown, TAPED),
+        "adjoint-matching": ({"name": "adjoint-matching", "scale": SCALE, "late": 3, "early": 2}, steps, STEPWISE),
+        "rtb": ({"name": "rtb", "scale": SCALE}, groups | {"batch": 8}, STEPWISE),
+        "nabla-db": ({"name": "nabla-db", "scale": SCALE, "fraction": 0.5}, steps, STEPWISE),
+        "flow-grpo": ({"name": "flow-grpo"}, groups | {"batch": 96}, POLICY),
     }
-    return {k: v for k, v in table.items() if v["method"]["name"] in METHODS}
+    return {k: {"method": m, "fit": f, "rates": r} for k, (m, f, r) in table.items()}
 
 
-def configure(name: str, seed: int, images: int) -> Any:
-    """Return the run's configuration."""
+def configure(name: str, seed: int, images: int, lr: float, batch: int = 120) -> Any:
+    """Return the run's configuration; ``images`` are per look, over both categories."""
     from flowalign.config import compose
 
     own = methods()[name]
-    fit = {**own["fit"], "steps": STEPS, "iterations": 10**6, "seed": seed, "weight_decay": 0.0}
+    fit = {**own["fit"], "steps": STEPS, "iterations": 10**6, "seed": seed, "weight_decay": 0.0, "lr": lr}
     data = {
         "method": own["method"], "reward": "shapes-clip", "fit": fit, "trackers": [], "device": "cpu",
-        "evaluation": {"every": 1, "check": images, "batch": 64},
+        "evaluation": {"every": 1, "check": images, "batch": batch},
     }  # fmt: skip
-    return compose(data, None, "demo", name)
+    return replace(compose(data, None, "demo", name), ema=None)  # so few steps that an average would lag behind
 
 
-def one(name: str, seed: int, seconds: float, looks: int, images: int) -> dict[str, Any]:
-    """Train one method with one seed and look at it on the way."""
+@cache
+def asked(which: str, every: bool = False) -> list[Any]:
+    """Return the prompts of the categories with room; evenly many of each for training."""
+    from flowalign.build import world_prompts
+
+    kinds = [[p for p in world_prompts("shapes", which) if p.meta["category"] == c] for c in CATEGORIES]
+    most = max(map(len, kinds)) if every else 0
+    return [p for k in kinds for p in k * max(1, round(most / len(k)))]
+
+
+def world() -> str:
+    """Return a digest of the demo model's weights: results of other weights are made again."""
+    from flowalign.pipelines import worlds
+
+    folder = Path(worlds.__file__).parent / "weights" / "shapes" / "transformer"
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
+def opened(config: Any, which: str) -> tuple[Any, Any, Any, Any]:
+    """Return job, recipe, policy and parameters, training on the train prompts, looked at on those of ``which``."""
     from flowalign.build import build
-    from flowalign.config import to_dict
-    from flowalign.evaluate import examine
-    from flowalign.fit import fit
     from flowalign.prepare import prepare
+    from flowalign.source import Prompts
 
-    config = configure(name, seed, images)
-    torch.manual_seed(seed)
+    torch.manual_seed(config.fit.seed)
     job = build(config)
+    job.source = Prompts(asked("train", every=True), config.fit.seed)
+    job.check = replace(job.check, prompts=asked(which), images=config.evaluation.check // len(CATEGORIES))
     recipe = config.method.recipe(job.pipeline.times(config.fit.steps))
     roles = tuple(dict.fromkeys((*recipe.roles, "reference")))
     policy, parameters = prepare(
-        job.pipeline, config.lora, roles, old=recipe.old, ema=config.ema, ledger=job.scorer.ledger, context=job.context
+        job.pipeline, config.lora, roles, old=recipe.old, ledger=job.scorer.ledger, context=job.context
     )
-    run = look_parts(job, policy)
-    base = examine(*run[:3], job.check, role="reference", layouts=job.layouts)
-    out: dict[str, Any] = {"method": name, "seed": seed, "seconds": seconds, "config": to_dict(config)}
-    curve = [point(run, job, base, base, {"seconds": 0.0, "samples": 0, "evaluations": 0, "gradients": 0})]
+    return job, recipe, policy, parameters
+
+
+def one(name: str, config: Any, which: str, seconds: float, looks: int) -> dict[str, Any]:
+    """Train one method with one seed and look at it on the way."""
+    from flowalign.config import to_dict
+    from flowalign.fit import fit
+
+    job, recipe, policy, parameters = opened(config, which)
+    base = first_look(job, policy, which)
+    out: dict[str, Any] = {"method": name, "seed": config.fit.seed, "seconds": seconds, "world": world()}
+    curve = [point(job, policy, base, base, {"seconds": 0.0, "samples": 0, "evaluations": 0, "gradients": 0})]
     spent, iterations, began = 0.0, 0, time.process_time()
     stream = fit(job.pipeline, job.scorer, job.source, recipe, config.fit, policy=policy, parameters=parameters)
     for _ in stream:
@@ -99,50 +127,54 @@ def one(name: str, seed: int, seconds: float, looks: int, images: int) -> dict[s
         if spent >= seconds * len(curve) / looks:
             used = {"seconds": spent, "samples": iterations * config.fit.groups * config.fit.size}
             used |= {"evaluations": policy.ledger.evaluations, "gradients": policy.ledger.gradients}
-            after = examine(*run[:3], job.check, role="ema", layouts=job.layouts)
-            curve.append(point(run, job, base, after, used))
+            curve.append(point(job, policy, base, look(job, policy), used))
             if len(curve) > looks:
                 break
         began = time.process_time()
     stream.close()
-    return out | {"iterations": iterations, "curve": curve, "peak_bytes": peak(job, recipe, config, policy, parameters)}
+    out |= {"iterations": iterations, "curve": curve, "config": to_dict(config)}
+    return out | {"peak_bytes": peak(job, recipe, config, policy, parameters)}
 
 
-def done(path: Path, config: Any, args: argparse.Namespace) -> bool:
-    """Return whether a result is there and of these very settings; others are made again."""
-    from flowalign.config import to_dict
-
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
-    same = found["config"] == json.loads(json.dumps(to_dict(config), default=str))
-    return same and found["seconds"] == args.seconds and len(found["curve"]) == args.looks + 1
+BASES: dict[tuple[str, int], Any] = {}
 
 
-def look_parts(job: Any, policy: Any) -> tuple[Any, Any, Any]:
-    """Return generator, policy with a ledger of its own, and the judges of the looks."""
+def first_look(job: Any, policy: Any, which: str) -> Any:
+    """Return what the base makes of the exam; every run of a command sees the same, so it is judged once."""
+    key = (which, job.check.images)
+    if key not in BASES:
+        BASES[key] = look(job, policy)
+    return BASES[key]
+
+
+def look(job: Any, policy: Any) -> Any:
+    """Judge the present weights, in bfloat16 for its speed; the ledger of the training does not hear of it."""
+    from flowalign.evaluate import examine
     from flowalign.ledger import Ledger
     from flowalign.policy import Policy
+    from flowalign.precision import run_context
 
-    return job.judged, Policy(job.judged, policy.roles, Ledger(), None, job.context), job.watch
+    context = run_context("bf16", torch.device("cpu"), gradients=False)
+    quiet = Policy(job.judged, policy.roles, Ledger(), None, context)
+    return examine(job.judged, quiet, job.watch, job.check, layouts=job.layouts)
 
 
-def point(run: Any, job: Any, base: Any, after: Any, used: dict[str, float]) -> dict[str, Any]:
-    """Return what one look saw, over all categories."""
+def point(job: Any, policy: Any, base: Any, after: Any, used: dict[str, float]) -> dict[str, Any]:
+    """Return what one look saw, over both categories, rounded to what its noise bears."""
     from flowalign.evaluate import compare, drift
 
     def pooled(outcome: Any) -> Any:
         return replace(outcome, category=["all"] * len(outcome.row))
 
-    seen: dict[str, Any] = dict(used)
+    seen: dict[str, Any] = {k: round(v, 2) for k, v in used.items()}
     for name in base.scores:
         c = compare(pooled(base), pooled(after), name)["all"]
-        seen[name] = {"before": c.before, "after": c.after, "gain": c.gain, "layouts": c.layouts, "kept": c.kept}
+        values = {"before": c.before, "after": c.after, "gain": c.gain, "layouts": c.layouts}
+        seen[name] = {k: None if v is None else [round(x, 5) for x in v] for k, v in values.items()} | {"kept": c.kept}
     if used["samples"]:
         prompts = [job.check.prompts[int(base.row[i])] for i in base.shown[:32]]
-        seen["drift"] = drift(
-            run[0], run[1], [p.text for p in prompts], [p.meta for p in prompts], base.x0[:32], "ema", 0
-        )
+        texts, meta = [p.text for p in prompts], [p.meta for p in prompts]
+        seen["drift"] = drift(job.judged, policy, texts, meta, base.x0[: len(texts)], "current", 0)
     return seen
 
 
@@ -159,91 +191,52 @@ def peak(job: Any, recipe: Any, config: Any, policy: Any, parameters: Any) -> in
         return int(meter.peak)
 
 
-# -- what is made of it ----------------------------------------------------------------------------------------------
-def results() -> dict[str, list[dict[str, Any]]]:
-    """Return all results by method, in the order of the table."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in LABELS:
-        runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}-seed*.json"))]
-        if runs:
-            found[name] = runs
-    return found
+# -- learning rates --------------------------------------------------------------------------------------------------
+def rate(name: str) -> float:
+    """Return the method's learning rate; try the candidates where they were not tried on these weights."""
+    path = RESULTS / "rates.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("world") != world():
+        known = {"world": world(), "trial": TRIAL, "rates": {}}
+    tried = known["rates"].setdefault(name, {})
+    for lr in (r for r in methods()[name]["rates"] if f"{r:g}" not in tried):
+        config = configure(name, int(TRIAL["seed"]), int(TRIAL["images"]), lr)
+        found = one(name, config, "select", TRIAL["seconds"] * (2 if name in LONGER else 1), 1)
+        end = found["curve"][-1]
+        tried[f"{lr:g}"] = {k: end[k]["gain"] for k in ("shapes-clip", "shapes")} | {"samples": end["samples"]}
+        path.write_text(json.dumps(known, indent=1) + "\n")
+        print(f"trial: {name} at {lr:g}: {tried[f'{lr:g}']}", flush=True)
+    return chosen(tried)
 
 
-def spread(values: list[float], form: str = "{:+.3f}") -> str:
-    """Return mean ± standard error over seeds."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{form.format(statistics.mean(values))} ± {error:.3f}"
+def chosen(tried: dict[str, dict[str, Any]]) -> float:
+    """Return the rate of the largest gain of the reward among those that the strict judge bears; else the least."""
+    borne = {k: v for k, v in tried.items() if v["shapes"][0] > -2 * v["shapes"][1]}
+    return float(max(borne, key=lambda k: borne[k]["shapes-clip"][0])) if borne else min(map(float, tried))
 
 
-def needed(run: dict[str, Any], gain: float) -> float:
-    """Return the samples at which a run's held-out reward first reached a gain, between looks by a straight line."""
-    curve = run["curve"]
-    for a, b in pairwise(curve):
-        low, high = a["shapes-clip"]["gain"][0], b["shapes-clip"]["gain"][0]
-        if high >= gain:
-            share = 0.0 if high == low else max(0.0, (gain - low) / (high - low))
-            return a["samples"] + share * (b["samples"] - a["samples"])
-    return math.inf
+def done(path: Path, config: Any, seconds: float, looks: int) -> bool:
+    """Return whether a result is there and of these very settings and weights; others are made again."""
+    from flowalign.config import to_dict
+
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    same = found["config"] == json.loads(json.dumps(to_dict(config), default=str)) and found["world"] == world()
+    return same and found["seconds"] == seconds and len(found["curve"]) == looks + 1
 
 
-def table(gain: float | None = None) -> Iterator[str]:
-    """Yield the lines of the table."""
-    found = results()
-    ends = {n: statistics.mean(r["curve"][-1]["shapes-clip"]["gain"][0] for r in runs) for n, runs in found.items()}
-    if gain is None:  # what the policy gradient reached: how many samples does each method need for as much?
-        gain = max(ends.get("flow-grpo", 0.0), 0.005)
-    yield (
-        f"| method | seeds | reward gain | strict gain | layouts kept | distance | samples | seconds | samples to "
-        f"{gain:+.3f} | peak MB |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for name, runs in found.items():
-        last = [r["curve"][-1] for r in runs]
-        kept = [p["shapes"]["kept"] for p in last if p["shapes"]["kept"] is not None]
-        reach = [needed(r, gain) for r in runs]
-        hit = [r for r in reach if math.isfinite(r)]
-        samples = f"{statistics.mean(hit):.0f} ({len(hit)}/{len(reach)})" if hit else f"never (0/{len(reach)})"
-        yield (
-            f"| {LABELS[name]} | {len(runs)} | {spread([p['shapes-clip']['gain'][0] for p in last])} | "
-            f"{spread([p['shapes']['gain'][0] for p in last])} | "
-            f"{f'{statistics.mean(kept):.0%}' if kept else '-'} | {statistics.mean(p['drift'] for p in last):.4f} | "
-            f"{statistics.mean(p['samples'] for p in last):.0f} | {statistics.mean(p['seconds'] for p in last):.0f} | "
-            f"{samples} | {statistics.mean(r['peak_bytes'] for r in runs) / 1e6:.0f} |"
-        )
-
-
-def plot() -> None:
-    """Draw reward against samples and seconds, and the strict judge against reward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = results()
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8))
-    colours = plt.get_cmap("tab10").colors
-    for (name, runs), colour in zip(found.items(), colours, strict=False):
-        style = "-" if name in GRADIENT else "--"
-        looks = list(zip(*[r["curve"] for r in runs], strict=True))
-        mean = {k: [statistics.mean(p[k] for p in look) for look in looks] for k in ("samples", "seconds")}
-        reward, strict = (
-            [statistics.mean(p[k]["gain"][0] for p in look) for look in looks] for k in ("shapes-clip", "shapes")
-        )
-        axes[0].plot(mean["samples"], reward, style, color=colour, label=LABELS[name])
-        axes[1].plot(mean["seconds"], reward, style, color=colour)
-        axes[2].plot(reward, strict, style, color=colour)
-        axes[2].plot(reward[-1:], strict[-1:], "o", color=colour, ms=4)
-    axes[0].set(xlabel="samples rolled out", ylabel="gain of shapes-clip, held-out prompts", xscale="symlog")
-    axes[0].set_title("reward against samples")
-    axes[1].set(xlabel="seconds of one core", title="reward against seconds")
-    axes[2].set(xlabel="gain of shapes-clip", ylabel="gain of the strict judge", title="is the reward's gain real?")
-    axes[2].axhline(0, color="#bbbbbb", lw=0.8, zorder=0)
-    fig.legend(loc="lower center", ncol=5, frameon=False)
-    fig.tight_layout(rect=(0, 0.13, 1, 1))
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PLOT, dpi=110)
+def run(names: Sequence[str], seeds: Sequence[int], seconds: float, looks: int, images: int) -> None:
+    """Run what is missing."""
+    for seed in seeds:
+        for name in names:
+            path, longer = RESULTS / f"{name}-seed{seed}.json", LONGER.get(name, 1)
+            config = configure(name, seed, images, rate(name))
+            if not done(path, config, seconds * longer, looks * longer):
+                result = one(name, config, "report", seconds * longer, looks * longer)
+                path.write_text(json.dumps(result, default=str) + "\n")
+                end = result["curve"][-1]
+                print(f"{name} seed {seed}: {end['shapes-clip']['gain']} {end['shapes']['gain']}", flush=True)
 
 
 def main() -> None:
@@ -251,26 +244,17 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--methods", nargs="*", default=list(LABELS))
     p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    p.add_argument("--seconds", type=float, default=30.0, help="of one core's own time, per run, looks not counted")
-    p.add_argument("--looks", type=int, default=4)
-    p.add_argument("--images", type=int, default=96, help="per look")
+    p.add_argument("--seconds", type=float, default=15.0, help="of one core's own time, per run, looks not counted")
+    p.add_argument("--looks", type=int, default=3)
+    p.add_argument("--images", type=int, default=120, help="per look")
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    known = methods()
-    for seed in args.seeds if not args.table else []:
-        for name in args.methods:
-            path = RESULTS / f"{name}-seed{seed}.json"
-            if name not in known:
-                print(f"{name}: not in this checkout, left out", flush=True)
-            elif not done(path, configure(name, seed, args.images), args):
-                result = one(name, seed, args.seconds, args.looks, args.images)
-                path.write_text(json.dumps(result, default=str) + "\n")
-                end = result["curve"][-1]
-                print(f"{name} seed {seed}: {end['shapes-clip']['gain']} {end['shapes']['gain']}", flush=True)
-    print("\n".join(table()))
-    plot()
+    if not args.table:
+        run(args.methods, args.seeds, args.seconds, args.looks, args.images)
+    print("\n".join(table(args.seconds)))
+    draw(args.seconds)
 
 
 if __name__ == "__main__":
