@@ -25,12 +25,15 @@ from torch import Tensor, nn
 
 from flowalign.pipelines.worlds.canvas import COLOURS, SHAPES, Scene, draw_scene, render, uniform
 from flowalign.pipelines.worlds.parts import (
+    as_control,
+    autoencoder,
     autoencoder_loss,
     flow_loss,
     flux_control,
     latents,
     normalise,
     token_ids,
+    without_noise,
 )
 from flowalign.pipelines.worlds.train import Stage, World
 
@@ -147,7 +150,7 @@ BATCH, POOL = 16, 8_000
 
 def build() -> Any:
     """Return the untrained pipeline."""
-    return flux_control([instruction(*x) for s in ("base", "withheld") for x in compositions(s)])
+    return flux_control([instruction(*x) for s in ("base", "withheld") for x in compositions(s)], autoencoder())
 
 
 def picture_loss(pipe: Any, g: torch.Generator) -> Tensor:
@@ -158,8 +161,9 @@ def picture_loss(pipe: Any, g: torch.Generator) -> Tensor:
 
 
 def set_scale(pipe: Any, g: torch.Generator) -> None:
-    """Give latents mean 0 and standard deviation 1."""
+    """Give latents mean 0 and standard deviation 1, and no noise: the pipeline samples the given picture's."""
     normalise(pipe.vae, draw(g, 512).source)
+    without_noise(pipe.vae)
 
 
 @lru_cache(maxsize=1)
@@ -204,6 +208,6 @@ def sample(pipe: Any, batch: EditBatch, *, steps: int = 10, seed: int = 0) -> Te
     n, c = len(batch.prompts), pipe.vae.config.latent_channels * 4
     noise = torch.randn(n, 64, c, generator=torch.Generator().manual_seed(seed)).to(pipe.device)
     return pipe(
-        prompt=batch.prompts, control_image=batch.source.to(pipe.device), height=32, width=32, latents=noise,
-        num_inference_steps=steps, max_sequence_length=8, output_type="pt",
+        prompt=batch.prompts, control_image=as_control(batch.source).to(pipe.device), height=32, width=32,
+        latents=noise, num_inference_steps=steps, max_sequence_length=8, output_type="pt",
     ).images.float()  # fmt: skip

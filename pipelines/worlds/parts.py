@@ -28,11 +28,11 @@ from transformers import (
 )
 
 __all__ = [
-    "TOKENS", "autoencoder", "autoencoder_loss", "flow_loss", "flow_times", "flux_control", "latents", "normalise",
-    "t5_encoder", "token_ids", "word_tokenizer",
+    "TOKENS", "as_control", "autoencoder", "autoencoder_loss", "flow_loss", "flow_times", "flux_control", "latents",
+    "normalise", "t5_encoder", "token_ids", "without_noise", "word_tokenizer",
 ]  # fmt: skip
 
-TOKENS = 8  # prompts are padded to this many tokens; the longest has seven words and an end
+TOKENS = 8  # prompts are padded to this many tokens; the longest of most worlds has seven words, and an end
 TEXT_WIDTH = 64
 
 
@@ -49,17 +49,18 @@ def word_tokenizer(sentences: Sequence[str], length: int = TOKENS) -> PreTrained
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], device: torch.device) -> Tensor:
-    """Return ``(B, TOKENS)`` ids as the pipelines compute them."""
-    out = tokenizer(list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    """Return ``(B, T)`` ids as the pipelines compute them, T the tokenizer's length."""
+    length = tokenizer.model_max_length
+    out = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return out.input_ids.to(device)
 
 
-def clip_encoder(vocabulary: int) -> CLIPTextModel:
+def clip_encoder(vocabulary: int, length: int = TOKENS) -> CLIPTextModel:
     """Return a one-layer CLIP text model; its pooled output drives the adaptive norms."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary, hidden_size=TEXT_WIDTH, intermediate_size=128, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+            num_attention_heads=2, max_position_embeddings=length, eos_token_id=1, bos_token_id=0, pad_token_id=0,
             projection_dim=TEXT_WIDTH,
         )
     )  # fmt: skip
@@ -107,6 +108,24 @@ def normalise(vae: AutoencoderKL, images: Tensor) -> None:
     vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
 
 
+@torch.no_grad()
+def without_noise(vae: AutoencoderKL) -> None:
+    """Give every posterior the standard deviation e^-15: a sample of it then is its mean.
+
+    ``FluxControlPipeline`` *samples* the posterior of its control image, while :func:`latents` takes the mean; and
+    where nothing is (most of a picture) the KL term has taught the encoder a deviation near 1.
+    """
+    head = vae.encoder.conv_out  # means, then log-variances
+    c = vae.config.latent_channels
+    head.weight[c:].zero_()
+    head.bias[c:].fill_(-30.0)
+
+
+def as_control(images: Tensor) -> Tensor:
+    """Return pictures in [0, 1] as a ``control_image``: tensors in [-1, 1] (the pipeline scales PIL images only)."""
+    return 2 * images - 1
+
+
 def latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Return packed Flux latents ``(B, tokens, 4 C)`` of pictures in [0, 1], without sampling noise."""
     z = vae.encode(2 * images - 1).latent_dist.mean
@@ -114,15 +133,19 @@ def latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return FluxControlPipeline._pack_latents(z, *z.shape)
 
 
-def flux_control(sentences: Sequence[str], double: int = 1, single: int = 3) -> FluxControlPipeline:
+def flux_control(
+    sentences: Sequence[str], vae: AutoencoderKL, double: int = 1, single: int = 3, length: int = TOKENS
+) -> FluxControlPipeline:
     """Return an untrained ``FluxControlPipeline`` for 32×32 pictures.
 
     Args:
         sentences: every prompt of the world; they make the vocabulary.
+        vae: halves the picture's edges.
         double: number of two-stream blocks.
         single: number of one-stream blocks.
+        length: tokens of a prompt; the longest and its end must fit.
     """
-    tokenizer, vae = word_tokenizer(sentences), autoencoder()
+    tokenizer = word_tokenizer(sentences, length)
     c = vae.config.latent_channels * 4
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=2 * c, out_channels=c, num_layers=double, num_single_layers=single,
@@ -135,7 +158,7 @@ def flux_control(sentences: Sequence[str], double: int = 1, single: int = 3) -> 
     return FluxControlPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=clip_encoder(len(tokenizer)),
+        text_encoder=clip_encoder(len(tokenizer), length),
         tokenizer=tokenizer,
         text_encoder_2=t5_encoder(len(tokenizer)),
         tokenizer_2=tokenizer,
@@ -158,7 +181,7 @@ def flow_loss(
         pipe: a :func:`flux_control` pipeline.
         x0: :func:`latents` of the wanted pictures ``(B, tokens, C)``.
         control: latents of the given pictures, likewise.
-        ids: ``(B, TOKENS)`` of the prompts.
+        ids: ``(B, T)`` of the prompts.
         generator: of times and noise, on the latents' device.
     """
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)

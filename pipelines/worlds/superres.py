@@ -7,7 +7,7 @@ caption names it, so words and pixels must be read together, and there is someth
 and a crisp guess (a strict judge).
 
 The model is a ``FluxControlPipeline`` of stock parts (:mod:`~flowalign.pipelines.worlds.parts`): the enlarged picture
-is its ``control_image``; called with ``height=32, width=32, max_sequence_length=8``; it has no guidance.
+is its ``control_image``; called with ``height=32, width=32, max_sequence_length=10``; it has no guidance.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowalign.pipelines.worlds import scenes, splits
+from flowalign.pipelines.worlds import scenes, splits, store
 from flowalign.pipelines.worlds.edit import denoisers
 from flowalign.pipelines.worlds.parts import (
-    autoencoder_loss,
+    as_control,
     flow_loss,
     flux_control,
     latents,
-    normalise,
     token_ids,
+    without_noise,
 )
 from flowalign.pipelines.worlds.train import Stage, World
 
@@ -36,6 +37,7 @@ __all__ = ["FACTOR", "WORLD", "PairBatch", "draw", "enlarge", "reduce", "sample"
 
 FACTOR, NOISE = 4, 0.02
 BATCH, POOL = 16, 8_000
+TOKENS = 10  # the longest caption has eight words, and an end
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,14 @@ def draw(g: torch.Generator, n: int, captions: tuple[scenes.Caption, ...] | None
 
 
 def build() -> Any:
-    """Return the untrained pipeline."""
-    return flux_control([str(c) for c in scenes.captions()])
+    """Return the untrained pipeline around the autoencoder of `shapes`.
 
-
-def picture_loss(pipe: Any, g: torch.Generator) -> Tensor:
-    """Train the autoencoder on crisp and on enlarged pictures: it carries both."""
-    batch = draw(g, 8)
-    images = torch.cat([batch.high, enlarge(batch.low)])
-    c = pipe.vae.config.latent_channels
-    return autoencoder_loss(pipe.vae, images, torch.randn(len(images), c, 16, 16, generator=g, device=g.device))
-
-
-def set_scale(pipe: Any, g: torch.Generator) -> None:
-    """Give latents mean 0 and standard deviation 1."""
-    normalise(pipe.vae, draw(g, 512).high)
+    One trained here, on crisp and enlarged pictures, blurred the shapes so that the judge passed .56 of its pictures;
+    of this one's it passes .99. Enlarged pictures are only read, never drawn.
+    """
+    vae = AutoencoderKL.from_pretrained(store.path("shapes"), subfolder="vae")
+    without_noise(vae)
+    return flux_control([str(c) for c in scenes.captions()], vae, length=TOKENS)
 
 
 @lru_cache(maxsize=1)
@@ -131,10 +126,7 @@ WORLD = World(
     name="shapes-sr",
     summary="8×8 to 32×32 super-resolution of captioned shapes, flow matching (FluxControlPipeline)",
     build=build,
-    stages=(
-        Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1200, lr=3e-3, after=set_scale, decay=0.995),
-        Stage("flow", denoisers, pair_loss, 4000, lr=1.2e-3),
-    ),
+    stages=(Stage("flow", denoisers, pair_loss, 5000, lr=1.2e-3),),
 )
 
 
@@ -143,6 +135,6 @@ def sample(pipe: Any, batch: PairBatch, *, steps: int = 10, seed: int = 0) -> Te
     n, c = len(batch.prompts), pipe.vae.config.latent_channels * 4
     noise = torch.randn(n, 64, c, generator=torch.Generator().manual_seed(seed)).to(pipe.device)
     return pipe(
-        prompt=batch.prompts, control_image=enlarge(batch.low).to(pipe.device), height=32, width=32, latents=noise,
-        num_inference_steps=steps, max_sequence_length=8, output_type="pt",
+        prompt=batch.prompts, control_image=as_control(enlarge(batch.low)).to(pipe.device), height=32, width=32,
+        latents=noise, num_inference_steps=steps, max_sequence_length=TOKENS, output_type="pt",
     ).images.float()  # fmt: skip

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from flowalign.pipelines.worlds import edit
 from flowalign.pipelines.worlds.canvas import BACKGROUND, COLOURS, SHAPES, Scene, coverage, render
-from flowalign.pipelines.worlds.parts import token_ids
+from flowalign.pipelines.worlds.parts import as_control, token_ids
 from flowalign.rewards import blobs
 from flowalign.rewards.shapes_edit import OPERATIONS, ShapesEdit, categories, parse
 
@@ -181,25 +182,45 @@ def test_the_judge_refuses_what_it_cannot_read(drawn):
 
 
 def test_training_sees_what_the_pipeline_computes(drawn):
-    """The conditioning of the loss equals, tensor by tensor, what the pipeline hands its transformer."""
+    """Every input of the loss equals, tensor by tensor, what the pipeline hands its transformer, picture and all."""
     torch.manual_seed(0)
     pipe = edit.build()
     pipe.set_progress_bar_config(disable=True)
-    seen = []
+    edit.set_scale(pipe, generator())
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    seen, out = [], []
     pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    pipe.transformer.register_forward_hook(lambda m, a, y: out.append(y[0]))
     two = edit.EditBatch(
         drawn.source[:2], drawn.target[:2], drawn.prompts[:2], drawn.edit[:2], drawn.before, drawn.after
     )
     with torch.no_grad():
         edit.sample(pipe, two, steps=1)
         ids = token_ids(pipe.tokenizer, two.prompts, torch.device("cpu"))
-        x0 = edit.latents(pipe.vae, two.target)
-        loss = edit.flow_loss(pipe, x0, x0, ids, generator())
+        x0, control = edit.latents(pipe.vae, two.target), edit.latents(pipe.vae, two.source)
+        loss = edit.flow_loss(pipe, x0, control, ids, generator())
+        noise = torch.randn(x0.shape, generator=generator())
     ours, theirs = seen[1], seen[0]
     for key in ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"):
         torch.testing.assert_close(ours[key], theirs[key])
-    assert ours["hidden_states"].shape == theirs["hidden_states"].shape
-    noise = torch.randn(x0.shape, generator=generator())
-    assert float(loss) == pytest.approx(float((noise - x0).square().mean()), rel=1e-5)  # the output starts at zero
+    c = x0.shape[2]
+    assert torch.equal(theirs["hidden_states"][..., :c], noise)  # time 1: noise alone, the same as sample's
+    torch.testing.assert_close(theirs["hidden_states"][..., c:], control, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours["hidden_states"][..., c:], control)
+    assert theirs["timestep"].tolist() == [1, 1]
+    assert ((ours["timestep"] > 0) & (ours["timestep"] < 1)).all()
+    assert float(loss) == pytest.approx(float((out[1] - (noise - x0)).square().mean()), rel=1e-5)
+    assert float(x0.std()) == pytest.approx(1, abs=0.2)
     assert (ids != 2).all()  # no unknown word
+    assert [pipe.tokenizer.decode(x, skip_special_tokens=True) for x in ids] == two.prompts  # and none is cut off
     assert sum(p.numel() for p in pipe.transformer.parameters()) < 1.6e6
+
+
+def test_a_picture_means_the_same_as_tensor_and_as_file(drawn):
+    """The pipeline scales PIL pictures to [-1, 1] and leaves tensors alone."""
+    pipe = edit.build()
+    file = to_pil_image(drawn.source[0])
+    arguments = (32, 32, 1, 1, torch.device("cpu"), torch.float32)
+    theirs = pipe.prepare_image(file, *arguments)
+    ours = pipe.prepare_image(as_control(drawn.source[:1]), *arguments)
+    torch.testing.assert_close(ours, theirs, atol=1 / 127, rtol=0)
