@@ -7,7 +7,6 @@ All three terms start at zero, so that an untrained network changes nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from flowalign import weights_file
 from flowalign.valuenet import CONV, WORDS, word_ids
 
 __all__ = ["GoldenNet", "Pairs", "Refine", "fit_pairs"]
+
+KIND = "golden-noise"
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,7 @@ class GoldenNet(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write weights (safetensors) with what is needed to read them."""
-        from safetensors.torch import save_file
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, str(path), {"golden-noise": json.dumps({"shape": self.shape, "width": self.width})})
+        weights_file.write(path, KIND, {"shape": self.shape, "width": self.width}, self.state_dict())
 
     @classmethod
     def load(cls, path: Path) -> GoldenNet:
@@ -117,15 +115,9 @@ class GoldenNet(nn.Module):
         Raises:
             ValueError: for a file that is none of these.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["golden-noise"])
-                net = cls(about["shape"], about["width"])
-                net.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - no mapping
-        except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{path} is no golden-noise network written by flowalign: {error}") from error
+        about, weights = weights_file.read(path, KIND, "golden-noise network")
+        net = cls(about["shape"], about["width"])
+        net.load_state_dict(weights)
         return net
 
 

@@ -12,7 +12,6 @@ price of one decode and one reward call per look. Others see the state alone and
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowalign import weights_file
 from flowalign.methods.particles import Rows
 from flowalign.noise import mix
 from flowalign.process import Posterior, Time
@@ -28,6 +28,8 @@ from flowalign.valuenet import LatentValue, word_ids
 from flowalign.values import Value
 
 __all__ = ["Distil", "NoiseAware", "Seen", "Verifier", "distil", "within_rows"]
+
+KIND = "noise-aware"
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,16 @@ class NoiseAware:
 
     def save(self, path: Path) -> None:
         """Write weights (safetensors) with what is needed to read them."""
-        from safetensors.torch import save_file
-
         first = next(iter(self.networks.values()))[0]
         about = {
             "times": self.times, "scale": self.scale, "residual": self.residual, "shape": first.shape,
             "width": first.width,
         }  # fmt: skip
         weights = {
-            f"{name}/{k}/{key}": v.detach().cpu().contiguous()
+            f"{name}/{k}/{key}": v
             for name, nets in self.networks.items() for k, net in enumerate(nets) for key, v in net.state_dict().items()
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, str(path), {"noise-aware": json.dumps(about)})
+        weights_file.write(path, KIND, about, weights)
 
     @classmethod
     def load(cls, path: Path) -> NoiseAware:
@@ -120,14 +119,7 @@ class NoiseAware:
         Raises:
             ValueError: for a file that is none of these.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["noise-aware"])
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{path} is no noise-aware reward written by flowalign: {error}") from error
+        about, weights = weights_file.read(path, KIND, "noise-aware reward")
         networks: dict[str, list[LatentValue]] = {}
         for name in about["scale"]:
             nets = [LatentValue(about["shape"], about["width"]) for _ in about["times"]]
