@@ -2,6 +2,7 @@
 
 core        flowalign/*.py, selection/, potentials/, objectives/: torch, jaxtyping, the standard library, the core
 pipelines   import the core, never rewards;   rewards import the core, never pipelines
+loop        what trains (collect, recipe, fit, memory_plan, ...): above the core; neither it nor the worlds import it
 joints      methods/ and the modules named in JOINTS bring them together
 """
 
@@ -17,8 +18,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flowalign"
 CORE = (
     "adjoint", "batches", "checkpoint", "credit", "experience", "gaussian", "guidance", "hearing", "kernels", "laws",
-    "learner", "ledger", "noise", "objectives", "pause", "policy", "potentials", "process", "protocols", "replay",
-    "rollout", "selection", "state", "trajectory", "values",
+    "learner", "ledger", "meter", "noise", "objectives", "pause", "policy", "potentials", "process", "protocols",
+    "replay", "rollout", "selection", "state", "trajectory", "values",
 )  # fmt: skip
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
