@@ -126,6 +126,16 @@ class RunConfig:
     permute: bool = False
     keep_images: int = 48
 
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is a decay: at least 0 and below 1, or none for no average; got {self.ema}.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1; got {self.chunk}.")
+        if self.max_wall is not None and not self.max_wall > 0:
+            raise ValueError(f"max_wall must be positive; got {self.max_wall}.")
+        if self.keep_images < 0:
+            raise ValueError(f"keep_images must be at least 0; got {self.keep_images}.")
+
     @property
     def folder(self) -> Path:
         """The folder of the run."""

@@ -67,9 +67,13 @@ class FitOptions:
             "batch": 1,
             "accumulate": 0,
             "overlap": 1,
+            "warmup": 0,
+            "checkpoint_every": 0,
         }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
-            raise ValueError(f"lr and max_grad_norm must be positive; got {self.lr} and {self.max_grad_norm}.")
+        for name in ("lr", "lr_objective", "max_grad_norm", "max_seconds", "max_evaluations"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:  # not a number is not positive either
+                raise ValueError(f"{name} must be positive; got {value}.")

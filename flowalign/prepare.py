@@ -37,6 +37,10 @@ class Lora:
     targets: tuple[str, ...] = ATTENTION
     init: Literal["gaussian", "olora", "orthogonal"] | bool = "gaussian"
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of a LoRA must be at least 1; got {self.rank}.")
+
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that training changes."""

@@ -115,6 +115,9 @@ def start(config: RunConfig, resume: bool = False) -> Run:
             "accelerate.Accelerator of your own for several."
         )
     Folder.check(config, resume)
+    given = config.evaluation.base
+    if given is not None and not given.is_file():
+        raise ValueError(f"evaluation.base: there is no file {given}; it is the before.pt of another run's folder.")
     torch.manual_seed(config.fit.seed)
     job = build(config)
     recipe = method.recipe(job.pipeline.times(config.fit.steps))
@@ -179,8 +182,16 @@ def _base(run: Run, say: Bars) -> Outcome:
     if source is None:
         made = run.folder.remember("before.pt", lambda: _exam(run, "reference", "before", say))
     else:
-        made = run.folder.remember("before.pt", lambda: torch.load(source, weights_only=True))
+        made = run.folder.remember("before.pt", lambda: _borrowed(source))
     return _recall(made, run.job.exam)
+
+
+def _borrowed(path: Path) -> dict[str, Any]:
+    """Return another run's evaluation of the base."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"evaluation.base: {path} is no before.pt of a run ({error}).") from error
 
 
 def _recall(state: dict[str, Any], exam: Exam) -> Outcome:

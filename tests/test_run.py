@@ -99,13 +99,18 @@ def test_a_folder_is_refused_before_anything_is_loaded(config: RunConfig, monkey
     """Full, of another run, resumed with other settings: nobody waits for a model to be told."""
     train(config, progress=False)
     monkeypatch.setattr("flowalign.run.build", lambda config: pytest.fail("something was loaded"))
-    full = config.folder.parent / "full"
+    full, tmp = config.folder.parent / "full", config.folder.parent / "new"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
     for changed, resume, words in (
         (config, False, "holds a run already"),
         (replace(config, output=full), False, "not empty"),
         (replace(config, reward="tests.runworld:Bright"), True, "cannot be resumed"),
+        (
+            replace(config, output=tmp, evaluation=replace(config.evaluation, base=tmp / "no.pt")),
+            False,
+            "there is no file .*no.pt",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             train(changed, resume=resume, progress=False)
@@ -263,6 +268,10 @@ def test_a_base_of_another_exam_is_refused(config: RunConfig) -> None:
     other = replace(again, output=config.folder.parent / "third", evaluation=replace(shared, seed=5))
     with pytest.raises(ValueError, match="cannot be paired"):
         train(other, progress=False)
+    (config.folder.parent / "bad.pt").write_text("no tensors")
+    bad = replace(config.evaluation, base=config.folder.parent / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad.pt is no before.pt of a run"):
+        train(replace(config, output=config.folder.parent / "fourth", evaluation=bad), progress=False)
 
 
 def test_trackers_get_the_metrics(config: RunConfig) -> None:
