@@ -2,8 +2,9 @@
 
     flock /tmp/heavy.lock python tests/benchmarks/bench_steering.py [--prompts 8] [--particles 8] [--device cpu]
 
-FK's overhead is its time less best-of-N's with as many samples, less what its extra decodes and reward calls take when
-they are timed alone, as a share of best-of-N's time. Seconds are the process's own (CPU time, one thread),
+FK's overhead is its time less best-of-N's with as many samples, less what its extra decodes and its extra reward calls
+take when each is timed alone, as a share of best-of-N's time. All are timed in turn, and the share is taken within each
+turn: the median of the turns and its standard error are reported. Seconds are the process's own (CPU time, one thread),
 which a busy machine disturbs less than the clock; on a GPU they would have to be the clock's. Tree search is counted:
 network evaluations against states that a network can be asked about.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -24,32 +26,47 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-def fastest(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Return the seconds of each, the fastest of a few, taken in turn so that a slow minute hits all of them."""
+def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each repeat, taken in turn so that a slow minute hits all of them."""
     took: dict[str, list[float]] = {k: [] for k in runs}
-    for _ in range(repeats):
+    for turn in range(repeats + 1):  # the first warms up
         for name, run in runs.items():
             began = time.process_time()
             run()
-            took[name].append(time.process_time() - began)
-    return {k: min(v) for k, v in took.items()}
+            if turn:
+                took[name].append(time.process_time() - began)
+    return took
 
 
-def looking(generator: Any, reward: Any, prompts: list[str], n: int) -> Callable[[], Any]:
-    """Return a function that decodes and judges ``n`` states per prompt once."""
+def looking(generator: Any, reward: Any, prompts: list[str], n: int) -> dict[str, Callable[[], Any]]:
+    """Return functions that decode ``n`` states per prompt once, and that judge what was decoded."""
     texts = [p for p in prompts for _ in range(n)]
     cond = generator.encode(texts)
     x = torch.randn(len(texts), *generator.shape(cond), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        media = generator.decode(x, cond)
 
-    def look() -> Any:
+    def decode() -> Any:
         with torch.no_grad():
-            return reward(generator.decode(x, cond), texts)
+            return generator.decode(x, cond)
 
-    return look
+    def judge() -> Any:
+        with torch.no_grad():
+            return reward(media, texts)
+
+    return {"decoding all": decode, "judging all": judge}
 
 
-def particles(generator: Any, reward: Any, prompts: list[str], k: int, steps: int, repeats: int) -> dict[str, float]:
-    """Time FK in one batch and prompt by prompt, best-of-N, and the judge alone."""
+def beyond(took: dict[str, list[float]], fk: Any, best: Any, states: int) -> list[float]:
+    """Return FK's share of best-of-N's time beyond its extra decodes and reward calls, turn by turn."""
+    decodes, rewards = (getattr(fk, k) - getattr(best, k) for k in ("decodes", "rewards"))
+    turns = zip(*(took[k] for k in ("fk, one batch", "best-of-n, one batch", "decoding all", "judging all")),
+                strict=True)  # fmt: skip
+    return [(f - b - (decodes * d + rewards * j) / states) / b for f, b, d, j in turns]
+
+
+def particles(generator: Any, reward: Any, prompts: list[str], k: int, steps: int, repeats: int) -> dict[str, Any]:
+    """Time FK in one batch and prompt by prompt, best-of-N, and the decoder and the judge alone."""
     from flowalign.methods.best_of_n import BestOfN
     from flowalign.methods.fk_steering import FKSteering
     from flowalign.steer import steer
@@ -60,25 +77,28 @@ def particles(generator: Any, reward: Any, prompts: list[str], k: int, steps: in
     def run(name: str, method: Any, which: list[str]) -> None:
         spent[name] = steer(generator, method, reward, which, steps=steps).ledger
 
-    took = fastest(
+    turns = in_turn(
         {
             "fk, one batch": lambda: run("fk", fk, prompts),
             "fk, prompt by prompt": lambda: [run("one", fk, [p]) for p in prompts],
             "best-of-n, one batch": lambda: run("bon", best, prompts),
-            "a look": looking(generator, reward, prompts, k),
+            **looking(generator, reward, prompts, k),
         },
         repeats,
     )
-    states = k * len(prompts)
-    extra = (spent["fk"].rewards - spent["bon"].rewards) / states
     assert spent["fk"].evaluations == spent["bon"].evaluations
-    beyond = took["fk, one batch"] - took["best-of-n, one batch"] - extra * took["a look"]
+    shares = beyond(turns, spent["fk"], spent["bon"], k * len(prompts))
+    took = {name: statistics.median(seconds) for name, seconds in turns.items()}
     return took | {
         "speed-up of one batch": took["fk, prompt by prompt"] / took["fk, one batch"],
         "network evaluations of each": spent["fk"].evaluations,
         "decodes of fk and best-of-n": [spent["fk"].decodes, spent["bon"].decodes],
+        "rewards of fk and best-of-n": [spent["fk"].rewards, spent["bon"].rewards],
         "fk over best-of-n, in all": took["fk, one batch"] / took["best-of-n, one batch"] - 1,
-        "fk over best-of-n, beyond extra decodes and rewards": beyond / took["best-of-n, one batch"],
+        "fk over best-of-n, beyond extra decodes and rewards": statistics.median(shares),
+        # of a median: 1.25 times that of the mean
+        "its standard error": 1.25 * statistics.stdev(shares) / len(shares) ** 0.5,
+        "turn by turn": shares,
     }
 
 
