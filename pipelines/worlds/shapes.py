@@ -215,8 +215,8 @@ def guided_loss(pipe: Any, g: torch.Generator) -> Tensor:
     """Learn the guided velocity of the teacher, ``v_∅ + w (v_c - v_∅)``, so that one pass does for two.
 
     Guidance is folded in as in Meng et al. 2210.03142, at one scale and on an interval of times (Kynkäänniemi et al.
-    2404.07724): the base is then at its best without guidance, and
-    whatever an alignment gains is not what guidance would have given. The empty caption keeps the teacher's velocity.
+    2404.07724): the base is then at its best without guidance, and whatever an alignment gains is not what guidance
+    would have given. The empty caption keeps the teacher's velocity.
     """
     images, index = draw(pipe, g, BATCH, SETTLE)
     known, teacher = ids(pipe.tokenizer, g.device), TEACHERS[pipe.transformer]

@@ -42,8 +42,8 @@ class Stage:
         lr: peak learning rate.
         after: called with the pipeline when the averaged weights are in place.
         decay: of the averaged weights.
-        before: called with the pipeline when the stage begins, e.g. to keep a copy as a teacher. Such a stage is too
-            short for a checkpoint of its own (1,000 steps at most), so that a resumed run begins it again.
+        before: called with the pipeline when the stage begins, e.g. to keep a copy as a teacher. Such a stage has no
+            checkpoint within it, so that a resumed run begins it again, from the same teacher.
         until: share of the steps that are done; below 1 the next stage takes over before the cosine has fallen.
     """
 
@@ -124,7 +124,6 @@ def train(
 
         inner = state.get("inner") if state is not None and state["stage"] == i else None
         if stage.before is not None:
-            assert inner is None and steps <= EVERY, f"stage {stage.name} is too long to begin again"
             stage.before(pipe)
         last = _run(pipe, stage, steps, mixed(seed, i), device, inner, save)
         log["stages"][stage.name] = {
@@ -194,7 +193,7 @@ def _run(
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - rate)
         if step % 50 == 0:
             recent[:] = [*recent[-9:], float(loss.detach())]
-        if (step + 1) % EVERY == 0 and step + 1 < steps:
+        if (step + 1) % EVERY == 0 and step + 1 < steps and stage.before is None:
             save({"step": step + 1, "average": average, "optimizer": optimizer.state_dict()})
     _settle(modules, parameters, average)
     if stage.after is not None:

@@ -65,6 +65,29 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(whole, tmp_path):
     assert scales == [train.mixed(0, 0)]  # what a finished stage set outside the weights is set again
 
 
+def test_a_stage_with_a_teacher_begins_again(tmp_path):
+    """Cut off within it, the run takes its teacher from the weights that the stage began with, not from half-way."""
+    seen = []
+
+    def made(cut):
+        calls = []
+        toy = world(calls, cut=cut)
+
+        def keep(pipe):
+            seen.append(pipe.unet.weight.detach().clone())
+
+        last = train.Stage("last", toy.stages[0].modules, toy.stages[0].loss, 20, lr=1e-2, before=keep)
+        return train.World("toy", "a linear map", Toy, (toy.stages[0], last))
+
+    with pytest.raises(CutOff):
+        train.train(made(14), tmp_path / "toy")
+    pipe = train.train(made(None), tmp_path / "toy")
+    again = train.train(made(None), tmp_path / "again" / "toy")
+    assert all(torch.equal(w, seen[0]) for w in seen) and len(seen) == 3
+    assert torch.equal(pipe.unet.weight, again.unet.weight)
+    assert not torch.equal(pipe.unet.weight, seen[0])
+
+
 def test_other_seeds_see_other_data(whole, tmp_path):
     pipe = train.train(world([]), tmp_path / "toy", seed=1, shorten=0.01)
     same = train.train(world([]), tmp_path / "again" / "toy", seed=1, shorten=0.01)
