@@ -1,4 +1,4 @@
-"""What the distilled stages aim at: the guided velocity of a kept teacher, and a point that stays the same on a path."""
+"""What the distilled stages aim at: the guided velocity of a kept teacher, one point all along a path."""
 
 import pytest
 import torch
