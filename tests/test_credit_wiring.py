@@ -19,13 +19,16 @@ from flowalign.credit import Normalise
 from flowalign.experience import Experience
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo, Table
+from flowalign.methods.b2_diffurl import B2DiffuRL, Siblings
 from flowalign.methods.base import Training
 from flowalign.methods.dense_grpo import Calibration, DenseGRPO
 from flowalign.methods.euphonium import Euphonium
 from flowalign.methods.grpo_guard import GRPOGuard
+from flowalign.methods.talk2move import Exit, Talk2Move
 from flowalign.methods.tp_grpo import TPGRPO
 from flowalign.noise import Noise
 from flowalign.objectives import Clip
+from flowalign.options import FitOptions
 from flowalign.policy import Policy
 from flowalign.prepare import prepare
 from flowalign.process import Rectified
@@ -42,6 +45,12 @@ STEPS, PROMPTS = 6, ["a", "b dark"]
 
 def gather(method: Training, size: int = 4) -> tuple[Toy, Recipe, Experience]:
     """One iteration's samples of two prompts, by the method's own recipe."""
+    toy, recipe, collector = parts(method)
+    return toy, recipe, collect(collector, Prompts(PROMPTS).draw(0, 2, size), 0)
+
+
+def parts(method: Training) -> tuple[Toy, Recipe, Collector]:
+    """The toy, a recipe for it and what samples by it; a value network says something from the start."""
     toy = Toy()
     recipe = method.recipe(toy.times(STEPS))
     policy, _ = prepare(toy, None, recipe.roles)
@@ -52,8 +61,7 @@ def gather(method: Training, size: int = 4) -> tuple[Toy, Recipe, Experience]:
             g = torch.Generator().manual_seed(1)
             for p in learner.network.parameters():
                 p.data = 0.3 * torch.randn(p.shape, generator=g)
-    collector = Collector(toy, Scorer(toy, {"bright": Bright()}), policy, recipe, STEPS, 0)
-    return toy, recipe, collect(collector, Prompts(PROMPTS).draw(0, 2, size), 0)
+    return toy, recipe, Collector(toy, Scorer(toy, {"bright": Bright()}), policy, recipe, STEPS, 0)
 
 
 def ode_rewards(toy: Toy, e: Experience, steps: int | None) -> Tensor:
@@ -151,6 +159,66 @@ def test_squared_error_is_called_the_ratio() -> None:
     squares = [((steps.x_next - m) ** 2).flatten(1).mean(1) for m in (before, law.mean)]
     assert torch.allclose(got, squares[0] - squares[1], atol=1e-5) and got.abs().max() > 1e-3
     assert isinstance(recipe.objective, Clip) and recipe.objective.ratio == "mse"
+
+
+def test_siblings_part_at_the_tail_and_the_tail_alone_is_trained() -> None:
+    """B²-DiffuRL: siblings are one until the tail begins; the best and worst of those that stand out are credited."""
+    _, recipe, collector = parts(B2DiffuRL(low=0.5, high=1.0, stages=2, width=4, margin=0.4))
+    seen: list[float] = []
+    for iteration, first in enumerate((3, 2, 0, 0)):
+        e = collect(collector, Prompts(PROMPTS).draw(iteration, 2, 8), iteration)
+        assert trained_steps(recipe, e.trajectory.times) == list(range(first, STEPS)), "the last steps, ever more"
+        line, credit = e.trajectory.lineage(), recipe.credit(e)[-1]
+        assert len(line[first].unique()) == 4 and len(line[first + 1].unique()) == 16
+        seen += e.total.tolist()
+        known = torch.tensor(seen)
+        z = (e.total - known.mean()) / known.std(correction=0)
+        expected = torch.zeros(16)
+        for b in line[first].unique():
+            mine = (line[first] == b).nonzero().flatten().tolist()
+            best, worst = max(mine, key=lambda i: float(z[i])), min(mine, key=lambda i: float(z[i]))
+            for i, stands_out in ((best, z[best] >= 0.4), (worst, z[worst] <= -0.4)):
+                if stands_out:
+                    expected[i] = z[i] - z[mine].mean()
+        assert torch.allclose(credit, expected, atol=1e-3) and 0 < (credit != 0).sum() < 16
+        recipe.learners[0].observe(e)
+
+
+def test_only_recent_iterations_are_remembered() -> None:
+    """What stands out is told by the last ``memory`` iterations, not by the first ones."""
+    _, recipe, e = gather(B2DiffuRL(low=1.0, width=4), 8)
+    for memory, known in (
+        (1, e.total),
+        (2, torch.cat([e.total + 5, e.total])),
+        (9, torch.cat([e.total + 5] * 8 + [e.total])),
+    ):
+        rule = Siblings(recipe.learners[0], margin=0.0, memory=memory)  # type: ignore[arg-type]
+        for _ in range(8):
+            rule(replace(e, rewards={"bright": e.total + 5}))
+        got = rule(e)[-1]
+        z = (e.total - known.mean()) / known.std(correction=0)
+        line = e.trajectory.lineage()[0]
+        worst = [min((line == b).nonzero().flatten().tolist(), key=lambda i: float(z[i])) for b in line.unique()]
+        for b, i in zip(line.unique(), worst, strict=True):
+            assert float(got[i]) == pytest.approx(float(z[i] - z[line == b].mean()) if z[i] <= 0 else 0.0, abs=1e-3)
+
+
+def test_the_exit_is_measured_within_groups() -> None:
+    """Talk2Move: a candidate's variance is the mean over groups, so that easy and hard prompts are not mixed up."""
+    _, recipe, collector = parts(Talk2Move(noise=0.7, exits=(1, 4), clip=1e-2))
+    (exit_,) = recipe.learners
+    assert isinstance(exit_, Exit)
+    exit_.before(collector, Prompts(PROMPTS), FitOptions(groups=2, size=6))
+    chosen = exit_.step
+    for k in (1, 4):
+        exit_.step = k
+        e = collect(collector, Prompts(PROMPTS).draw(0, 2, 6), -1)
+        row = e.trajectory.leaves.row
+        assert len(e.trajectory.times) == k + 2, "k noisy steps and a jump"
+        spread = [float(e.total[row == g].var(correction=0)) for g in (0, 1)]
+        assert exit_.variances[k] == pytest.approx(sum(spread) / 2, rel=1e-4)
+        assert exit_.variances[k] < 0.9 * float(e.total.var(correction=0))
+    assert chosen == max((1, 4), key=lambda k: exit_.variances[k])
 
 
 # ------------------------------------------------------------------------------------------------ Euphonium
