@@ -81,7 +81,7 @@ class UPSR(Steering):
             raise ValueError("start=1 with noise=0 leaves no noise to shape: lower start, or set noise (.7 for flows).")
 
     def search(self, task: Task) -> Iterator[Candidates]:
-        """Yield the samples.
+        """Yield one sample per wanted result, n times: a budget ends the search between them.
 
         Raises:
             ValueError: for rows without a picture to enlarge.
@@ -90,13 +90,23 @@ class UPSR(Steering):
         with torch.no_grad():
             guess, low = self._guess(rows), enlarged(task)
             w = weight(guess, low.to(guess), self.psi, self.floor)
-            row = torch.arange(len(rows.prompt)).repeat_interleave(self.n * task.draw.samples)
-            level, nodes = self.enter(rows, guess, w, row)
-            kernel = spatial_kernel(task.policy.process, self.noise, w[row.to(w.device)])
-            tree = rollout(
-                task.policy, kernel, task.times[level:], nodes, rows.cond, noise=rows.noise, n_rows=len(rows.prompt)
-            )
-            yield finish(rows, tree)
+        row = torch.arange(len(rows.prompt)).repeat_interleave(task.draw.samples)
+        for i in range(self.n):
+            with torch.no_grad():
+                drawn = rows_of(task, per_sample=False, seed=mix(task.seed, i, 43))
+                level, nodes = self.enter(drawn, guess, w, row)
+                kernel = spatial_kernel(task.policy.process, self.noise, w[row.to(w.device)])
+                tree = rollout(
+                    task.policy,
+                    kernel,
+                    task.times[level:],
+                    nodes,
+                    rows.cond,
+                    noise=drawn.noise,
+                    n_rows=len(rows.prompt),
+                )
+                found = finish(drawn, tree)
+            yield found
 
     def enter(self, rows: Rows, guess: Tensor, w: Tensor, row: Tensor) -> tuple[int, Nodes]:
         """Return the level that is started at, and the states there, one for each entry of ``row``."""
