@@ -217,17 +217,43 @@ def _per_category(prompts: Sequence[Prompt], images: int) -> int:
 
 # -- what is named ---------------------------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
-    """Return the device; ``auto`` takes CUDA where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """Return the device; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ValueError: for a device that does not exist, or is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}: write auto, cpu, cuda, cuda:1 or mps.") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} of them" if count else "none (no NVIDIA GPU, no driver, or a torch without CUDA)"
+        raise ValueError(
+            f"device {name!r} is a CUDA device, and torch finds {found}. Leave device at auto, or take cpu."
+        )
+    return device
 
 
 def _parsed(spec: str) -> dict[str, tuple[str, float]]:
-    """Return name → (specification without weight, weight)."""
+    """Return name → (specification without weight, weight).
+
+    Raises:
+        ValueError: for a reward that is named twice.
+    """
     from flowalign import rewards
 
     out: dict[str, tuple[str, float]] = {}
+    seen: set[tuple[str, str | None]] = set()
     for term in rewards.parse(spec):
         key = term.name if term.name not in out else f"{term.name}@{term.weights}"
+        if (term.name, term.weights) in seen:
+            raise ValueError(
+                f"the specification {spec!r} names {term.name!r} twice: name it once, with its whole weight."
+            )
+        seen.add((term.name, term.weights))
         out[key] = (term.name if term.weights is None else f"{term.name}@{term.weights}", term.weight)
     return out
 

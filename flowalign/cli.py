@@ -1,23 +1,24 @@
 """The ``flowalign`` command. Each subcommand is thin: it reads options, calls one function, prints what came.
 
-Options come from dataclasses (tyro), so ``--help`` and the YAML keys are the same fields with the same words.
+How options are read is in :mod:`flowalign.arguments`, what is listed in :mod:`flowalign.listing`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowalign.methods import METHODS, names, nearest, resolve
+from flowalign.arguments import flag, method_name, parse, take, train_config
+from flowalign.listing import LISTS, listed, wrapped
+from flowalign.methods import names, nearest, resolve
 from flowalign.pause import Away
 
 __all__ = ["flag", "main", "parse", "say", "take"]
 
+METHOD = "  METHOD               "
 HELP = """flowalign: align diffusion and flow-matching generators with reward models.
 
   flowalign demo                          align a little text-to-image model by two methods, and look: 12 minutes
@@ -46,7 +47,7 @@ TRAIN_HELP = """usage: flowalign train METHOD [--preset NAME] [--config FILE.yam
 Fine-tunes a generator on a reward: evaluates it on held-out prompts, trains, evaluates again on the same noises, and
 writes a folder with the configuration, metrics, checkpoints, the result in diffusers format, summary.json, report.html.
 
-  METHOD               {methods}
+{methods}
   --preset NAME        settings to start from: demo (for the little worlds) or published (the paper's); default demo
   --config FILE        a YAML file over the preset; its keys are the options below, nested at the dots
   --resume             go on with the run in --output after a crash or Ctrl-C; only budgets may change
@@ -60,7 +61,7 @@ STEER_HELP = """usage: flowalign steer METHOD [--preset NAME] [options]
 
 Searches the samples of a frozen generator and writes a folder: what it found, at what cost, and how it came about.
 
-  METHOD               {methods}
+{methods}
 
   flowalign steer best-of-n --prompts "three cyan circles" --method.n 16
   flowalign steer fk-steering --prompts prompts.txt --reward "shapes?aspect=graded" --budget 5000nfe
@@ -72,13 +73,6 @@ with the best so far. The folder has the images, summary.json (scores, weights, 
 
 flowalign steer METHOD --help lists every option with its default.
 """
-SHORT = {
-    "--max-seconds": "--fit.max-seconds",
-    "--max-evaluations": "--fit.max-evaluations",
-    "--iterations": "--fit.iterations",
-    "--seed": "--fit.seed",
-    "--stop-on-hacking": "--evaluation.stop-on-hacking",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,57 +105,13 @@ def say(text: str) -> None:
     print(text)
 
 
-# -- reading options -------------------------------------------------------------------------------------------------
-def take(args: list[str], option: str, default: str | None = None) -> str | None:
-    """Remove ``option VALUE`` or ``option=VALUE`` and return the value."""
-    for i, a in enumerate(args):
-        if a == option:
-            if i + 1 >= len(args):
-                raise ValueError(f"{option} needs a value.")
-            value = args[i + 1]
-            del args[i : i + 2]
-            return value
-        if a.startswith(option + "="):
-            del args[i]
-            return a.removeprefix(option + "=")
-    return default
-
-
-def flag(args: list[str], option: str) -> bool:
-    """Remove a flag and return whether it was there."""
-    found = option in args
-    args[:] = [a for a in args if a != option]
-    return found
-
-
-def _method_name(args: list[str], kind: str) -> str | None:
-    if not args or args[0].startswith("-"):
-        return None
-    name = args.pop(0)
-    found = resolve(name).kind
-    if found != kind:
-        verb = {"training": "train", "steering": "steer"}[found]
-        raise ValueError(f"{name} is a {found} method: run flowalign {verb} {name}.")
-    return name
-
-
-def parse(kind: Any, args: list[str], default: Any, prog: str) -> Any:
-    """Read the fields of a dataclass; exits with 2 for unknown options, naming the nearest."""
-    import tyro
-
-    shown = tyro.conf.AvoidSubcommands[kind]
-    return tyro.cli(shown, args=args, default=default, prog=prog, config=(tyro.conf.SuppressFixed,))
-
-
 # -- train -----------------------------------------------------------------------------------------------------------
 def train(args: list[str]) -> None:
     """``flowalign train``."""
-    from flowalign.config import RunConfig
-
     if not args or args[0] in ("-h", "--help"):
-        print(TRAIN_HELP.format(methods=", ".join(names("training"))))
+        print(TRAIN_HELP.format(methods=wrapped(METHOD, names("training"))))
         return
-    config, resume, quiet = _train_config(args, RunConfig)
+    config, resume, quiet = train_config(args)
     from flowalign.folder import Folder
     from flowalign.run import train as run
 
@@ -170,39 +120,6 @@ def train(args: list[str]) -> None:
     summary = run(config, resume, progress=not quiet)
     print(_table(summary))
     print(f"\n{config.folder}/report.html")
-
-
-def _train_config(args: list[str], kind: type) -> tuple[Any, bool, bool]:
-    """Read a training configuration: preset, file or resumed run, then options."""
-    from flowalign.config import default, from_yaml
-    from flowalign.folder import Folder
-    from flowalign.prepare import Lora
-
-    name = _method_name(args, "training")
-    file, preset = take(args, "--config"), take(args, "--preset", "demo") or "demo"
-    resume, quiet, full, lora = (flag(args, o) for o in ("--resume", "--quiet", "--full", "--lora"))
-    for i, a in enumerate(args):
-        head, equals, tail = a.partition("=")
-        args[i] = SHORT.get(head, head) + equals + tail
-    output = next((args[i + 1] for i, a in enumerate(args[:-1]) if a == "--output"), None)
-    old = Folder(Path(output)) if output is not None else None
-    if resume and old is not None and old.exists:
-        base = replace(old.config(), output=Path(output or ""))
-        if name is not None and base.method.name != name:
-            raise ValueError(f"{old.path} is a run of {base.method.name}, not of {name}.")
-    elif file is not None:
-        base = from_yaml(Path(file), name, preset)
-    elif name is None:
-        raise ValueError(f"name a method: {', '.join(names('training'))}; or give --config, or --resume with --output.")
-    else:
-        base = default(name, preset)
-    if full and (lora or any(a.startswith("--lora.") for a in args)):
-        raise ValueError("--full trains all weights and --lora an adapter: choose one.")
-    if full:
-        base = replace(base, lora=None)
-    elif lora or any(a.startswith("--lora.") for a in args):
-        base = replace(base, lora=base.lora or Lora())
-    return parse(kind, args, base, f"flowalign train {base.method.name}"), resume, quiet
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -230,9 +147,9 @@ def steer(args: list[str]) -> None:
     from flowalign.steer import SteerConfig, run
 
     if not args or args[0] in ("-h", "--help"):
-        print(STEER_HELP.format(methods=", ".join(names("steering"))))
+        print(STEER_HELP.format(methods=wrapped(METHOD, names("steering"))))
         return
-    name = _method_name(args, "steering")
+    name = method_name(args, "steering")
     if name is None:
         raise ValueError(f"name a method: {', '.join(names('steering'))}.")
     preset = preset_of(resolve(name), take(args, "--preset", "demo") or "demo")
@@ -269,66 +186,6 @@ def report(args: list[str]) -> None:
     print(write_report(folders, Path(output) if output else folders[0].path / "report.html"))
 
 
-def methods(args: list[str]) -> None:
-    """``flowalign methods [NAME] [--json]``."""
-    if flag(args, "--json"):
-        found = {n: methods_json(n) for n in (args or METHODS)}
-        print(json.dumps(found, indent=2))
-        return
-    if not args:
-        for name in METHODS:
-            m = resolve(name)
-            print(f"{name:18}{m.kind:10}{m.summary}")
-        return
-    m = resolve(args[0])
-    print((m.__doc__ or "").strip(), "\n")
-    from flowalign.config import to_dict
-
-    for key, preset in m.presets().items():
-        print(
-            f"preset {key}: {preset.note}\n  method {json.dumps(to_dict(preset.method))}\n"
-            f"  fit {json.dumps(to_dict(preset.fit))}"
-        )
-
-
-def methods_json(name: str) -> dict[str, Any]:
-    """Return what is known of a method, with the settings of all its presets."""
-    from flowalign.config import to_dict
-
-    m = resolve(name)
-    presets = {key: to_dict(preset) for key, preset in m.presets().items()}
-    return {"kind": m.kind, "summary": m.summary, "reference": m.reference, "presets": presets}
-
-
-def rewards(args: list[str]) -> None:
-    """``flowalign rewards [--json]``."""
-    from flowalign.rewards import cards
-
-    found = cards()
-    if "--json" in args:
-        print(json.dumps([vars(c) for c in found], indent=2))
-        return
-    print(f"{'reward':20}{'looks at':19}{'gradients':11}{'range':>14}{'  text cut at':14}licence; weights\n")
-    for c in found:
-        grad, text = "yes" if c.differentiable else "", "" if c.text is None else f"{c.text} tokens"
-        span = f"{c.range[0]:g} to {c.range[1]:g}"
-        print(f"{c.name:20}{'/'.join(c.modality):19}{grad:11}{span:>14}  {text:12}{c.licence}; {c.weights}")
-        print(f"{'':20}{c.summary}")
-
-
-def pipelines(args: list[str]) -> None:
-    """``flowalign pipelines [--json]``: which diffusers pipelines pass the contract."""
-    from flowalign.pipelines.support import support, text
-
-    print(text(support(), "--json" in args))
-
-
-def cite(args: list[str]) -> None:
-    """``flowalign cite METHOD...``."""
-    for name in args or list(METHODS):
-        print(resolve(name).reference, "\n")
-
-
 def _later(module: str, function: str = "main") -> Callable[[list[str]], None]:
     """Return a command that lives in another module and is imported when it is asked for."""
 
@@ -340,6 +197,11 @@ def _later(module: str, function: str = "main") -> Callable[[list[str]], None]:
     return command
 
 
+def _list(what: str) -> Callable[[list[str]], None]:
+    """Return a command that prints a list."""
+    return lambda args: print(listed(what, args))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "train": train,
@@ -347,9 +209,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "score": _later("flowalign.score"),
     "evaluate": _later("flowalign.judge_run"),
     "report": report,
-    "pipelines": pipelines,
-    "methods": methods,
-    "rewards": rewards,
+    **{what: _list(what) for what in LISTS},
     "serve": _later("flowalign.rewards.serve"),
-    "cite": cite,
 }

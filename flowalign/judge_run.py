@@ -61,7 +61,8 @@ class BaseOptions:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    from flowalign.cli import flag, parse, say
+    from flowalign.arguments import flag, parse
+    from flowalign.cli import say
 
     if not args or args[0] in ("-h", "--help"):
         say(USAGE)

@@ -88,7 +88,8 @@ class Line:
 
 def main(args: list[str]) -> None:
     """Run the command."""
-    from flowalign.cli import parse, say
+    from flowalign.arguments import parse
+    from flowalign.cli import say
 
     if not args or args[0] in ("-h", "--help"):
         say(USAGE)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flowalign.arguments import train_config
 from flowalign.cli import main
+from flowalign.folder import Folder
 
 PROMPTS = '{"prompt": "a", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n'
 
@@ -41,7 +44,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         c in text for c in ("demo", "train", "steer", "score", "evaluate", "rewards", "cite", "--output runs/first")
     )
     main(["train", "--help"])
-    assert "diffusion-nft" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "diffusion-nft" in text and "flow-grpo" in text and max(map(len, text.splitlines())) <= 120
     main(["steer", "--help"])
     assert "best-of-n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit:
@@ -75,6 +79,25 @@ def test_train_and_options(options: list[str], tmp_path: Path, capsys: pytest.Ca
     assert json.loads((tmp_path / "run/summary.json").read_text())["iterations"] == 3
 
 
+def test_a_resumed_run_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by --output FOLDER, --output=FOLDER or the folder that it takes by itself, they need not be told again."""
+    monkeypatch.chdir(tmp_path)
+    first = train_config(["flow-grpo", "--fit.lr", "1e-3", "--pipeline", "mine/world"])[0]
+    assert first.folder == Path("runs/flow-grpo-world")
+    Folder.open(first)
+    Folder.open(replace(first, output=tmp_path / "there"))
+    for args in (
+        ["flow-grpo", "--pipeline", "mine/world"],
+        ["flow-grpo", "--output", str(tmp_path / "there")],
+        [f"--output={tmp_path}/there"],
+    ):
+        config, resume, _ = train_config([*args, "--resume", "--iterations=7"])
+        assert resume and config.fit.lr == 1e-3 and config.fit.iterations == 7 and config.pipeline == "mine/world"
+    assert train_config(["flow-grpo", "--pipeline", "mine/world"])[0].fit.lr != 1e-3
+    with pytest.raises(ValueError, match="is a run of flow-grpo, not of ddpo"):
+        train_config(["ddpo", f"--output={tmp_path}/there", "--resume"])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -92,6 +115,9 @@ def test_train_and_options(options: list[str], tmp_path: Path, capsys: pytest.Ca
         ({"--reward": "tests.runworld:BrokenNone"}, "got NoneType"),
         ({"--config": "nothing.yaml"}, "nothing.yaml cannot be read"),
         ({"--preset": "fast"}, "no preset 'fast'"),
+        ({"--device": "gpu"}, "there is no device 'gpu': write auto, cpu"),
+        ({"--device": "cuda:77"}, "device 'cuda:77' is a CUDA device, and torch finds"),
+        ({"--reward": "tests.runworld:Strict,tests.runworld:Strict:2"}, "names 'tests.runworld:Strict' twice"),
         ({"--call": "hight 32"}, "takes no argument hight"),
     ],
 )  # fmt: skip
@@ -141,8 +167,10 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     """Methods, their settings, references and rewards are printed without loading weights."""
     main(["methods"])
     assert "diffusion-nft" in capsys.readouterr().out
-    main(["methods", "flow-grpo"])
-    assert "preset published" in capsys.readouterr().out
+    main(["methods", "flow-grpo", "ddpo"])
+    text = capsys.readouterr().out
+    assert "preset published" in text and "Flow-GRPO" in text and "DDPO" in text and "noise=0.7, noise_law=flow" in text
+    assert max(map(len, text.splitlines())) <= 120
     main(["cite", "flow-grpo"])
     assert "arXiv:2505.05470" in capsys.readouterr().out
     main(["rewards"])
@@ -150,6 +178,15 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in pick for word in ("image", "yes", "16 to 26", "77 tokens", "MIT", "yuvalkirstain/PickScore_v1"))
     main(["rewards", "--json"])
     assert any(c["name"] == "pickscore" for c in json.loads(capsys.readouterr().out))
+    main(["rewards", "hps3", "clap"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [r.split()[0] for r in rows[2::2]] == ["hps3", "clap"] and "32768 tokens  " in rows[2]
+    assert rows[2].index("32768") == rows[0].index("text cut at") == rows[4].index("77 tokens")
+    for what in ("methods", "rewards", "pipelines", "cite"):
+        main([what, "--help"])
+        assert f"usage: flowalign {what}" in capsys.readouterr().out
+        assert "got --jason" in fails(capsys, what, "--jason")
+    assert "no reward is called 'pikscore'" in fails(capsys, "rewards", "pikscore")
     main(["--version"])
     assert capsys.readouterr().out.strip() == "0.1.0"
 

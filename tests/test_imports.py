@@ -24,7 +24,7 @@ CORE = (
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
 JOINTS = {
-    "__init__", "__main__", "build", "cli", "judge_run", "layouts", "loading", "methods", "panel", "report", "run",
+    "__init__", "__main__", "build", "judge_run", "layouts", "listing", "loading", "methods", "panel", "report", "run",
     "score", "serve", "steer",
 }  # fmt: skip
 
