@@ -1,11 +1,11 @@
 """Fit a training run into so many bytes: what to recompute, and in how small pieces.
 
-A probe runs one step, the decoder and the rewards on one and on two samples and measures what each keeps and needs
-(:mod:`flowalign.meter`); bytes are affine in the samples. Of n samples with k taped of K steps then
+From what was measured (:mod:`flowalign.memory_costs`), of n samples with k taped of K steps,
 
     without recomputation   k·step(n) + tail(n)            tail = decoder and rewards
     recomputed steps        k·light(n) + max(step(c), tail(n))         c the policy's chunk
     recomputed tail         ... with tail(d) of d samples at a time in place of tail(n)
+    frame by frame          ... with one frame's decoder in place of a clip's, where frames can be decoded apart
 
 and what a piece needs besides while it runs. The first setting in the order of its cost (recomputed forward passes, a
 little for every halving of a batch) that fits is taken. Micro-batches keep the gradient: their mean is accumulated.
@@ -15,26 +15,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_checkpointed
+from torch import nn
 
 from flowalign.adjoint import LeanAdjoint
-from flowalign.collect import Collector, enter
-from flowalign.meter import Meter, tensor_bytes
-from flowalign.noise import Noise
+from flowalign.collect import Collector
+from flowalign.memory_costs import Costs, Stage, probe
 from flowalign.options import FitOptions
-from flowalign.policy import Weights
 from flowalign.recipe import Recipe
-from flowalign.rollout import Tape, rollout
 from flowalign.source import Draw
-from flowalign.trajectory import Nodes
 
-__all__ = ["Costs", "Line", "MemoryPlan", "Stage", "fit_memory", "parse_bytes", "predict", "probe", "settings"]
+__all__ = ["MemoryPlan", "fit_memory", "parse_bytes", "predict", "settings"]
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 LOSS = 16  # tensors of the size of a state that a policy gradient's densities keep for each transition, as measured
@@ -63,68 +56,6 @@ def readable(size: float) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes that are affine in the number of samples: ``base + each·n``."""
-
-    base: float
-    each: float
-
-    @classmethod
-    def through(cls, one: float, two: float) -> Line:
-        """Return the line through the bytes of one and two samples; it never falls."""
-        each = max(two - one, 0.0)
-        return cls(max(one - each, 0.0), each)
-
-    def __call__(self, n: int) -> float:
-        """Return the bytes of n samples, none of none."""
-        return self.base + self.each * n if n else 0.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one part of the way needs.
-
-    Attributes:
-        kept: held for the backward pass, results included.
-        forward: most that is alive while it runs with gradients.
-        backward: most that is alive in its backward pass, what it holds included.
-        silent: most that is alive while it runs without gradients.
-    """
-
-    kept: Line
-    forward: Line
-    backward: Line
-    silent: Line
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What was measured.
-
-    Attributes:
-        step: one sampling step.
-        light: the same under a checkpoint: what is kept between forward and backward pass.
-        decode: states to media.
-        reward: media to scores.
-        tail: both.
-        again: both under a checkpoint.
-        state: one level of a trajectory without its graph.
-        fixed: weights, their copies in other roles, gradients and optimiser.
-        gradients: of the trained weights; part of ``fixed`` and of every step's backward pass.
-    """
-
-    step: Stage
-    light: Stage
-    decode: Stage
-    reward: Stage
-    tail: Stage
-    again: Stage
-    state: Line
-    fixed: float
-    gradients: float
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """A setting and the bytes that it is predicted to take.
 
@@ -135,6 +66,7 @@ class MemoryPlan:
         chunk: samples per forward pass of the network; None for all.
         judge: samples decoded and judged at a time.
         again: decode and judge again in the backward pass.
+        by_frame: decode every frame of a video by itself, and again in the backward pass.
         phases: predicted bytes above ``fixed``, by phase.
         fixed: weights, copies, gradients, optimiser.
     """
@@ -145,6 +77,7 @@ class MemoryPlan:
     chunk: int | None = None
     judge: int = 256
     again: bool = False
+    by_frame: bool = False
     phases: dict[str, float] | None = None
     fixed: float = 0.0
 
@@ -164,12 +97,13 @@ class MemoryPlan:
         parts += ["network recomputed"] if self.recompute else []
         parts += [f"network in chunks of {self.chunk}"] if self.chunk else []
         parts += [f"decoded and judged by {self.judge}" + (", twice" if self.again else "")]
+        parts += ["decoded frame by frame"] if self.by_frame else []
         return f"{', '.join(parts)}: {readable(self.total)}, of which {readable(self.fixed)} are weights and optimiser"
 
     def apply(self, collector: Collector, options: FitOptions) -> tuple[Recipe, FitOptions]:
         """Set the policy's and the scorer's pieces; return the recipe and the options to run with."""
         collector.policy.chunk, scorer = self.chunk, collector.scorer
-        scorer.chunk, scorer.checkpoint = self.judge, self.again
+        scorer.chunk, scorer.checkpoint, scorer.by_frame = self.judge, self.again, self.by_frame
         recipe = collector.recipe
         if recipe.tape is not None:
             tape = recipe.tape
@@ -181,114 +115,6 @@ class MemoryPlan:
         if not options.accumulate:
             return 0
         return options.accumulate * max(1, round(options.batch / self.batch))
-
-
-# -- measuring -------------------------------------------------------------------------------------------------------
-def probe(collector: Collector, draw: Draw, parameters: list[nn.Parameter]) -> Costs:
-    """Measure one step, decoder and rewards on one and two samples of a draw of two.
-
-    Raises:
-        ValueError: where the draw is smaller.
-    """
-    if int(draw.samples.sum()) < 2:
-        raise ValueError("a memory probe needs a draw of two samples.")
-    judge, device = collector.bind(draw), parameters[0].device
-    rows = torch.arange(len(draw.prompts)).repeat_interleave(draw.samples)[:2]
-    times = collector.recipe.grid(collector.pipeline.times(collector.steps))
-    noise = Noise(collector.seed, draw.keys)
-    start = enter(collector.pipeline, judge.cond, rows, noise, float(times[0])).x.detach()
-    measured: list[dict[str, tuple[float, ...]]] = []
-    _visit(collector, judge, start[:1], rows[:1], times, device, parameters)  # what is learnt once is not counted
-    for n in (1, 2):
-        measured.append(_visit(collector, judge, start[:n], rows[:n], times, device, parameters))
-    one, two = measured
-    stage = {k: Stage(*(Line.through(a, b) for a, b in zip(one[k], two[k], strict=True))) for k in one if k != "state"}
-    state = Line.through(one["state"][0], two["state"][0])
-    trained = tensor_bytes(parameters)
-    return Costs(**stage, state=state, fixed=_fixed(collector, parameters), gradients=trained)
-
-
-def _fixed(collector: Collector, parameters: list[nn.Parameter]) -> float:
-    """Return the bytes of all weights, their copies, the gradients and Adam's two moments."""
-    modules = {id(m): m for m in _modules(collector)}
-    weights = [t for m in modules.values() for t in (*m.parameters(), *m.buffers())]
-    copies = [c for r in collector.policy.roles.values() if isinstance(r, Weights) for c in r.copies]
-    return tensor_bytes([*weights, *copies]) + 3 * tensor_bytes(parameters)
-
-
-def _modules(collector: Collector) -> Iterator[nn.Module]:
-    yield collector.pipeline.denoiser
-    tap = getattr(collector.pipeline, "tap", None)  # the adapter of a diffusers pipeline holds autoencoder and encoders
-    yield from () if tap is None else tap.modules().values()
-    for reward in collector.scorer.rewards.values():
-        yield from (m for m in vars(reward).values() if isinstance(m, nn.Module))
-        if isinstance(reward, nn.Module):
-            yield reward
-
-
-def _visit(
-    collector: Collector, judge: Any, x: Tensor, row: Tensor, times: Tensor, device: torch.device,
-    parameters: list[nn.Parameter],
-) -> dict[str, tuple[float, ...]]:  # fmt: skip
-    """Return kept, forward, backward and silent bytes of every stage for these samples."""
-    grid, cond, policy = times[:2], judge.cond, collector.policy
-    booked = policy.ledger.state_dict(), collector.scorer.ledger.state_dict()
-
-    def step(x: Tensor, checkpoint: bool, tape: bool = True) -> Any:
-        return rollout(
-            policy, collector.recipe.kernel, grid, Nodes.enter(x, row), cond, noise=Noise(0), n_rows=len(judge.prompts),
-            tape=Tape(0, checkpoint) if tape else None, keep=collector.recipe.keep,
-        )  # fmt: skip
-
-    def score(media: Tensor) -> Tensor:
-        return torch.stack(list(collector.scorer.judge(media, *_words(judge, row)).values())).sum(0)
-
-    out = {
-        "step": _measure(lambda z: step(z, False), x, device, parameters, lambda t: t.leaves.x),
-        "light": _measure(lambda z: step(z, True), x, device, parameters, lambda t: t.leaves.x),
-    }
-    with torch.no_grad():
-        media = judge.media(x, row)
-    with_gradient = collector.scorer.differentiable
-    out["decode"] = _measure(lambda z: judge.media(z, row), x, device, [], lambda m: m)
-    out["reward"] = _measure(score, media, device, [], lambda r: r, with_gradient)
-    out["tail"] = _measure(lambda z: score(judge.media(z, row)), x, device, [], lambda r: r, with_gradient)
-    out["again"] = _measure(
-        lambda z: run_checkpointed(lambda y: score(judge.media(y, row)), z, use_reentrant=False), x, device, [],
-        lambda r: r, with_gradient,
-    )  # fmt: skip
-    with Meter(device) as meter:
-        tree = step(x.detach(), False, tape=False)
-    out["state"] = (float(meter.kept),)
-    del tree
-    policy.ledger.load_state_dict(booked[0])
-    collector.scorer.ledger.load_state_dict(booked[1])
-    return out
-
-
-def _words(judge: Any, row: Tensor) -> tuple[list[str], list | None]:
-    rows = row.tolist()
-    return [judge.prompts[r] for r in rows], None if judge.meta is None else [judge.meta[r] for r in rows]
-
-
-def _measure(
-    run: Any, x: Tensor, device: torch.device, parameters: list[nn.Parameter], end: Any, gradient: bool = True
-) -> tuple[float, ...]:
-    """Return bytes kept, and at most alive in the forward, the backward and a silent forward pass."""
-    with torch.no_grad(), Meter(device) as meter:
-        run(x.detach())
-        silent = float(meter.peak)
-    if not gradient:
-        return silent, silent, silent, silent
-    leaf = x.detach().requires_grad_()
-    with torch.enable_grad(), Meter(device) as meter:
-        result = run(leaf)
-        kept, forward = float(meter.kept), float(meter.peak)
-        meter.restart()
-        torch.autograd.grad(end(result).sum(), [leaf, *parameters], allow_unused=True)
-        backward = float(meter.peak)
-        del result
-    return kept, forward, backward, silent
 
 
 # -- predicting ------------------------------------------------------------------------------------------------------
@@ -310,12 +136,20 @@ def predict(costs: Costs, plan: MemoryPlan, recipe: Recipe, steps: int, taped: i
 def _tail(costs: Costs, plan: MemoryPlan, n: int) -> tuple[float, float, float]:
     """Return what decoder and rewards hold, and at most need in the forward and the backward pass."""
     d = min(plan.judge, n)
+    tail, again = _ways(costs, plan)
     if plan.again:
-        light = costs.state(n) + costs.again.kept(n)  # inputs of the chunks, and scores
-        return light, light + costs.again.forward(d), light + costs.again.backward(d)
-    whole = costs.tail.kept(n)
-    rest = whole - costs.tail.kept(d) if n > d else 0.0
-    return whole, rest + costs.tail.forward(d), rest + costs.tail.backward(d)
+        light = costs.state(n) + again.kept(n)  # inputs of the chunks, and scores
+        return light, light + again.forward(d), light + again.backward(d)
+    whole = tail.kept(n)
+    rest = whole - tail.kept(d) if n > d else 0.0
+    return whole, rest + tail.forward(d), rest + tail.backward(d)
+
+
+def _ways(costs: Costs, plan: MemoryPlan) -> tuple[Stage, Stage]:
+    """Return decoder and rewards as the plan has them decode, kept and made again."""
+    if plan.by_frame and costs.framed is not None and costs.framed_again is not None:
+        return costs.framed, costs.framed_again
+    return costs.tail, costs.again
 
 
 def _grown(costs: Costs, plan: MemoryPlan, steps: int, taped: int, copies: int) -> dict[str, float]:
@@ -343,7 +177,7 @@ def _gathered(costs: Costs, plan: MemoryPlan, recipe: Recipe, steps: int) -> dic
     states = (steps + 1) * costs.state(n)
     out = {
         "rollout": states + costs.step.silent(c),
-        "judge": states + costs.tail.silent(d),
+        "judge": states + _ways(costs, plan)[0].silent(d),
         # the transitions are copied out of the trajectory, x and x_next, and taken in batches
         "update": 3 * states + costs.step.backward(b) + LOSS * costs.state(b),
     }
@@ -355,8 +189,14 @@ def _gathered(costs: Costs, plan: MemoryPlan, recipe: Recipe, steps: int) -> dic
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
-def settings(recipe: Recipe, options: FitOptions) -> list[MemoryPlan]:
-    """Return every setting, the cheapest first."""
+def settings(recipe: Recipe, options: FitOptions, apart: bool = False) -> list[MemoryPlan]:
+    """Return every setting, the cheapest first.
+
+    Args:
+        recipe: of the method.
+        options: of the run.
+        apart: whether frames can be decoded by themselves.
+    """
     n = options.groups * options.size
     judges = sorted({max(1, n >> i) for i in range(n.bit_length())}, reverse=True)
     out: list[tuple[float, MemoryPlan]] = []
@@ -365,10 +205,10 @@ def settings(recipe: Recipe, options: FitOptions) -> list[MemoryPlan]:
         for recompute in (False, True) if recipe.tape is not None else (False,):
             for chunk in [None, *(c for c in judges if c < samples)]:
                 for judge in [j for j in judges if j <= samples] or [samples]:
-                    for again in (False, True):
+                    for again, framed in product((False, True), (False, True) if apart else (False,)):
                         pieces = math.log2(samples / judge) + (math.log2(samples / chunk) if chunk else 0.0)
-                        cost = 0.05 * (split + pieces) + 0.25 * recompute + 0.1 * again
-                        out.append((cost, MemoryPlan(batch, samples, recompute, chunk, judge, again)))
+                        cost = 0.05 * (split + pieces) + 0.25 * recompute + 0.1 * again + 0.15 * framed
+                        out.append((cost, MemoryPlan(batch, samples, recompute, chunk, judge, again, framed)))
     return [plan for _, plan in sorted(out, key=lambda item: item[0])]
 
 
@@ -402,7 +242,7 @@ def fit_memory(
     steps = len(recipe.grid(collector.pipeline.times(collector.steps))) - 1
     taped = 0 if recipe.tape is None else max(steps - recipe.tape(i).first for i in range(64))
     least: MemoryPlan | None = None
-    for setting in settings(recipe, options):
+    for setting in settings(recipe, options, costs.framed is not None):
         phases = predict(costs, setting, recipe, steps, taped)
         plan = replace(setting, phases=phases, fixed=costs.fixed)
         if plan.total <= budget:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowalign.process import Posterior, Process, Time
 
-__all__ = ["Card", "Condition", "Meta", "Modality", "Pipeline", "Reward", "check_media", "check_scores"]
+__all__ = ["Card", "Condition", "Framed", "Meta", "Modality", "Pipeline", "Reward", "check_media", "check_scores"]
 
 Modality = Literal["image", "video", "audio"]
 Meta = Sequence[Mapping[str, Any]]  # one mapping per sample: references, instructions, frame rate, ...
@@ -94,6 +94,19 @@ class Pipeline(Protocol):
 
     def save(self, path: Path) -> None:
         """Write what was trained so that plain diffusers loads it."""
+        ...
+
+
+@runtime_checkable
+class Framed(Protocol):
+    """A pipeline of videos whose frames can be decoded by themselves, to save memory."""
+
+    def frames_apart(self, cond: Condition) -> int:
+        """Return how many frames can be decoded by themselves; 1 where a frame needs the others."""
+        ...
+
+    def decode(self, x: Tensor, cond: Condition, *, frames: Sequence[int] | None, checkpoint: bool) -> Tensor:
+        """Return the chosen frames ``(B, len(frames), 3, H, W)`` of states at data time."""
         ...
 
 

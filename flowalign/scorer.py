@@ -16,7 +16,7 @@ from flowalign.hearing import Heard, hearing
 from flowalign.learner import learners_of
 from flowalign.ledger import Ledger
 from flowalign.pause import Away, Pause
-from flowalign.protocols import Condition, Meta, Pipeline, Reward, check_media, check_scores
+from flowalign.protocols import Condition, Framed, Meta, Pipeline, Reward, check_media, check_scores
 from flowalign.replay import checkpointed
 
 __all__ = ["Bound", "Scorer"]
@@ -33,6 +33,7 @@ class Scorer:
         chunk: samples decoded and judged at a time.
         pause: what happens while a judge is away.
         checkpoint: decode and judge a chunk again in the backward pass instead of keeping its activations.
+        by_frame: decode every frame of a video by itself, and again in the backward pass, where that is possible.
 
     Attributes:
         learners: what learns in the rewards.
@@ -51,6 +52,7 @@ class Scorer:
         chunk: int = 256,
         pause: Pause | None = None,
         checkpoint: bool = False,
+        by_frame: bool = False,
     ) -> None:
         if not rewards:
             raise ValueError("no reward given: name at least one.")
@@ -62,6 +64,7 @@ class Scorer:
                 looks = " or ".join(reward.card.modality)
                 raise ValueError(f"reward {name!r} judges {looks}, and this pipeline makes {pipeline.modality}.")
         self.pipeline, self.rewards, self.chunk, self.checkpoint = pipeline, dict(rewards), chunk, checkpoint
+        self.by_frame = by_frame
         self.weights = {n: float((weights or {}).get(n, 1.0)) for n in rewards}
         self.ledger = ledger if ledger is not None else Ledger()
         self.pause = pause if pause is not None else Pause()
@@ -72,6 +75,10 @@ class Scorer:
     def differentiable(self) -> bool:
         """Whether every reward gives gradients."""
         return all(r.card.differentiable for r in self.rewards.values())
+
+    def frames_apart(self, cond: Condition) -> int:
+        """Return how many frames the pipeline can decode by themselves; 1 where there is nothing to take apart."""
+        return self.pipeline.frames_apart(cond) if isinstance(self.pipeline, Framed) else 1
 
     def bind(self, cond: Condition, prompts: Sequence[str], meta: Meta | None = None) -> Bound:
         """Return the judge of states that belong to rows of a condition."""
@@ -193,4 +200,8 @@ class Bound:
     def media(self, x0: Tensor, row: Tensor) -> Tensor:
         """Decode clean states."""
         self.scorer.ledger.decodes += len(x0)
-        return self.scorer.pipeline.decode(x0, self.cond[row])
+        pipeline, cond = self.scorer.pipeline, self.cond[row]
+        count = self.scorer.frames_apart(cond) if self.scorer.by_frame else 1
+        if count == 1 or not isinstance(pipeline, Framed):
+            return pipeline.decode(x0, cond)
+        return torch.cat([pipeline.decode(x0, cond, frames=[f], checkpoint=True) for f in range(count)], 1)

@@ -291,6 +291,10 @@ class Adapter:
         self._check(x, cond)
         return self.decoder(x, cond, chunk=chunk, frames=frames, checkpoint=checkpoint)
 
+    def frames_apart(self, cond: Inputs) -> int:
+        """Return how many frames can be decoded by themselves at the price of one each; 1 where they need others."""
+        return self.decoder.frames_apart(cond) if self.modality == "video" else 1
+
     def latents(self, media: Tensor, cond: Inputs) -> Tensor:
         """Return clean states ``(B, *shape)`` of media: the way in."""
         return self.decoder.latents(media, cond)

@@ -43,6 +43,8 @@ def unguided(tap: Tap) -> dict[str, Any]:
     Pipelines disagree on what off is: a scale of 1, or of 0 in Z-Image. The pipeline's own property is asked.
     """
     scales = [k for k in SCALES if k in tap.accepted]
+    if tap.pipe.config.get("boundary_ratio") is None:  # Wan with one expert refuses a scale for the second
+        scales = [k for k in scales if k != "guidance_scale_2"]
     if "true_cfg_scale" in scales:
         return {"true_cfg_scale": 1.0}
     rule = getattr(type(tap.pipe), "do_classifier_free_guidance", None)

@@ -71,6 +71,16 @@ class Decoder:
         self._finite(media, x)
         return media
 
+    def frames_apart(self, cond: Inputs) -> int:
+        """Return the frames of a clip where an image autoencoder makes each of one latent frame; else 1."""
+        if not self.adapter.tap.modules().keys() & set(AUTOENCODERS):
+            return 1
+        one = cond[torch.tensor([0])]
+        plan = self.adapter.known.plan(one)
+        device = next(self._vae().parameters()).device
+        layout = self._layout(torch.zeros(1, *plan.shape, device=device), one)
+        return layout.count if layout.folded and layout.source is not None else 1
+
     def _layout(self, x: Tensor, cond: Inputs) -> Layout:
         """Return how this kind of call lays out its frames; sketched once, at the cost of a small patch.
 

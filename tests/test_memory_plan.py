@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from flowalign.collect import Collector, grow
 from flowalign.config import default
 from flowalign.fit import fit
-from flowalign.memory_plan import Line, MemoryPlan, fit_memory, parse_bytes, predict, probe, settings
+from flowalign.memory_costs import Line, probe
+from flowalign.memory_plan import MemoryPlan, fit_memory, parse_bytes, predict, settings
 from flowalign.meter import Meter, SavedBytes, tensor_bytes
 from flowalign.methods.adjoint_matching import AdjointMatching
 from flowalign.methods.base import Training
@@ -131,10 +132,13 @@ PLANS = {
     "judged in pieces, twice": (STEPS, MemoryPlan(4, 4, recompute=True, judge=1, again=True)),
     "network in pieces": (STEPS, MemoryPlan(4, 4, recompute=True, chunk=2, judge=2, again=True)),
     "last step": (1, MemoryPlan(4, 4)),
+    "frame by frame": (1, MemoryPlan(4, 4, recompute=True, by_frame=True)),
+    "frame by frame, twice": (1, MemoryPlan(4, 4, recompute=True, judge=1, again=True, by_frame=True)),
 }
+STILL = [k for k in PLANS if "frame" not in k]
 
 
-CASES = [("StableDiffusion3", PLANS), ("AnimateDiff", ["last step", "judged in pieces, twice"])]
+CASES = [("StableDiffusion3", STILL), ("AnimateDiff", ["frame by frame", "judged in pieces, twice"])]
 REST = pytest.param("AnimateDiff", PLANS, marks=pytest.mark.slow)
 
 
@@ -167,6 +171,43 @@ def test_predictions_of_what_is_not_taped(method: Training) -> None:
     for p, b in zip(parameters, before, strict=True):
         p.data = b
     assert abs(max(phases.values()) / got - 1) < 0.15, (phases, got)
+
+
+def clip_gradient(by_frame: bool, again: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scores of two clips and their gradient in the latents, and the most bytes that took."""
+    opened("AnimateDiff")
+    torch.manual_seed(1)  # of the reward's weights
+    c, _ = collector("AnimateDiff", DRaFT(depth=1))
+    c.scorer.by_frame, c.scorer.checkpoint, c.scorer.chunk = by_frame, again, 1 if again else 256
+    draw = PROMPTS.draw(0, 1, 2)
+    judge, row = c.bind(draw), torch.tensor([0, 0])
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *c.pipeline.shape(judge.cond), generator=g).requires_grad_()
+    with Meter() as meter:
+        total = judge.total(x, row)
+        (slope,) = torch.autograd.grad(total.sum(), x)
+    return total.detach(), slope, meter.peak
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_frame_by_frame_is_the_clip_in_less_memory(again: bool) -> None:
+    """Decoding every frame by itself: the same scores and gradients, and far fewer bytes."""
+    (whole, slope, most), (apart, other, less) = (clip_gradient(f, again) for f in (False, True))
+    assert torch.allclose(whole, apart, rtol=1e-5) and torch.allclose(slope, other, rtol=1e-4, atol=1e-9)
+    assert slope.abs().max() > 0 and less < (0.95 if again else 0.8) * most, (less, most)
+
+
+def test_frames_that_need_each_other_are_not_taken_apart() -> None:
+    """AnimateDiff's autoencoder sees images; Wan's is causal in time, and pictures have no frames."""
+    for name, count in (("AnimateDiff", 2), ("Wan", 1), ("StableDiffusion3", 1)):
+        case = build(name)
+        case.pipe.set_progress_bar_config(disable=True)
+        call = {k: v for k, v in case.inputs.items() if k not in ("prompt", "guidance_scale_2")}
+        pipe = load(case.pipe, call, guided=False, check=False)
+        found = Scorer(pipe, {"conv": Convolved()}).frames_apart(pipe.encode(["a red circle"]))
+        assert (found > 1) == (count > 1), (name, found)
+        offered = {p.by_frame for p in settings(DRaFT().recipe(torch.linspace(1, 0, 4)), OPTIONS, found > 1)}
+        assert offered == ({False, True} if count > 1 else {False})
 
 
 # -- choices ---------------------------------------------------------------------------------------------------------

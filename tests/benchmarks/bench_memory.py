@@ -4,8 +4,9 @@
     python -m tests.benchmarks.bench_memory --demo     the demo model ``shapes`` too
 
 Rollout: K taped steps of two samples and their backward pass. Decoder and reward: one forward and backward pass of two
-samples. "Recomputed" puts each under a gradient checkpoint: every network call, and every sample's decoding. Live bytes
-above those before (:mod:`flowalign.meter`); on a GPU the same figures come from its allocator.
+samples. "Recomputed" puts each under a gradient checkpoint: every network call, and every sample's decoding; "by frame"
+every frame's, where the autoencoder makes each frame by itself. Live bytes above those before (:mod:`flowalign.meter`);
+on a GPU the same figures come from its allocator.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from flowalign.trajectory import Nodes
 from tests.zoo import build
 
 HEAD = (
-    "| pipeline | what varies | rollout | recomputed | decode | recomputed | reward | recomputed |\n" + "|---" * 8 + "|"
+    "| pipeline | what varies | rollout | recomputed | decode | recomputed | by frame | reward | recomputed |\n"
+    + "|---" * 9
+    + "|"
 )
 
 
@@ -95,11 +98,16 @@ def row(name: str, what: str, steps: int, device: str, **call: Any) -> str:
             return clip(media)
         return torch.stack([checkpoint(clip, m[None], use_reentrant=False) for m in media]).sum()
 
+    def framed(x: Tensor) -> Tensor:
+        return torch.cat([pipe.decode(x, cond, frames=[f], checkpoint=True) for f in range(pipe.frames_apart(cond))], 1)
+
     with torch.no_grad():
         media = pipe.decode(x, cond)
     parts = [(sample, x, parameters), (decode, x, []), (judge, media, [])]
     figures = [peak(partial(f, again=again), z, p) for f, z, p in parts for again in (False, True)]
-    return f"| {name} | {what} | " + " | ".join(f"{v:.2f}" for v in figures) + " |"
+    cells = [f"{v:.2f}" for v in figures]
+    cells.insert(4, f"{peak(framed, x, []):.2f}" if pipe.frames_apart(cond) > 1 else "-")
+    return f"| {name} | {what} | " + " | ".join(cells) + " |"
 
 
 def rows(device: str, demo: bool) -> Iterator[str]:
