@@ -54,6 +54,11 @@ def needed(curve: list[Run], gain: float) -> float:
     return math.inf
 
 
+def peak(runs: list[Run]) -> float:
+    """Return the megabytes of an iteration, which the first seed measures."""
+    return statistics.mean(r["peak_bytes"] for r in runs if "peak_bytes" in r) / 1e6
+
+
 def spread(values: list[float], form: str = "{:+.3f}") -> str:
     """Return mean ± standard error over seeds."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -112,7 +117,7 @@ def draw(seconds: float) -> None:
         axes[1].plot(even["seconds"], even["reward"], style, color=colour)
         axes[2].plot(even["reward"], even["strict"], style, color=colour)
         axes[2].plot(even["reward"][-1:], even["strict"][-1:], "o", color=colour, ms=4)
-        axes[3].plot(statistics.mean(r["peak_bytes"] for r in runs) / 1e6, even["reward"][-1], "o", color=colour)
+        axes[3].plot(peak(runs), even["reward"][-1], "o", color=colour)
     axes[0].set(xlabel="samples rolled out", ylabel="gain of shapes-clip, held-out prompts", xscale="log")
     axes[0].set_title("reward against samples")
     axes[1].set(xlabel="seconds of one core", title="reward against seconds")
