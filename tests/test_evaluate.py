@@ -71,10 +71,10 @@ def test_comparison_is_paired() -> None:
     a, b = look(), look()
     for c in compare(a, b).values():
         assert c.gain == (0.0, 0.0) and c.kept == 1.0
-    before, after = outcome([0.0, 0, 1, 1], [0] * 4), outcome([1.0, 0, 1, 0], [0] * 4)
+    before, after = outcome([0.0, 0, 1, 1], [0] * 4), outcome([1.0, 0, 1, 1], [0] * 4)
     c = compare(before, after)["x"]
-    d = torch.tensor([1.0, 0.0, 0.0, -1.0])
-    assert c.gain == pytest.approx((0.0, float(d.std()) / 2)) and c.before == pytest.approx(
+    d = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert c.gain == pytest.approx((0.25, float(d.std()) / 2)) and c.before == pytest.approx(
         (0.5, 0.57735 / 2), rel=1e-5
     )
     assert compare(a, b, "bright")["light"].before[0] == pytest.approx(float(a.scores["bright"][:30].mean()))
@@ -97,6 +97,7 @@ def test_layouts_show_a_collapse() -> None:
     # 100 draws of 100 layouts against the first 10 of them: equal once they are equally many
     many, few = outcome([1.0] * 100, list(range(100))), outcome([1.0] * 10 + [0.0] * 90, list(range(100)))
     assert effective_layouts(many, few, "x")[0] == pytest.approx((10.0, 10.0))
+    assert effective_layouts(few, many, "x")[0] == pytest.approx((10.0, 10.0))
 
 
 def test_layouts_per_prompt_see_what_the_pool_does_not() -> None:
