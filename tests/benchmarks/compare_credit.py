@@ -59,6 +59,8 @@ class World:
         categories: of prompts that it is judged on; all when empty.
         trial: keys of the evaluation while learning rates are tried.
         warm: whether a process first does an iteration that is thrown away, so that imports count for no method.
+        walk: learning rate of a row that takes one optimiser step an iteration; with n steps it is walk / √n, so that
+            all rows' weights make the same random walk an iteration. None for the presets' rates.
     """
 
     data: Settings
@@ -71,6 +73,7 @@ class World:
     categories: tuple[str, ...] = ()
     trial: Settings = field(default_factory=dict)
     warm: bool = True
+    walk: float | None = None
 
 
 ROWS: dict[str, Settings] = {
@@ -126,7 +129,24 @@ WORLDS = {
         300_000, 600.0, 400, rates=(1e-4, 3e-4), parts=(0.5, 1.0), categories=("count",),
         trial={"prompts": "shapes:select"}, warm=False,
     ),
+    "shapes-short": World(
+        {
+            "pipeline": "shapes", "reward": "shapes", "precision": "bf16",
+            "fit": {"groups": 8, "size": 16, "steps": 6, "batch": 192, "betas": (0.9, 0.99), "weight_decay": 0.0,
+                    "warmup": 5},
+        },
+        10_000, 75.0, 300, {"dense-grpo": {"rounds": 3}, "b2-diffurl": {"stages": 20}}, rates=(1e-4, 3e-4),
+        parts=(1.0,), categories=("count",), trial={"prompts": "shapes:select"}, warm=False, walk=4.2e-4,
+    ),
 }  # fmt: skip
+
+
+STEPS_AN_ITERATION = {
+    "flow-grpo": 2, "tp-grpo": 3, "flow-sde": 4, "dense-grpo": 4, "dance-grpo": 2, "euphonium": 2, "branch-grpo": 2,
+    "dynamic-treerpo": 2, "branch-grpo-pruned": 2, "ddpo": 4, "b2-diffurl": 3, "mix-grpo": 2, "flow-grpo-fast": 2,
+    "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
+}  # fmt: skip
+"""Optimiser steps of a row's iteration on ``shapes-short``: trained transitions over the batch of 192, rounded up."""
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -135,6 +155,8 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
     from flowalign.config import compose
 
     method = {**ROWS[row], **world.toy.get(row, {})}
+    if rate is None and world.walk is not None:
+        rate = world.walk / STEPS_AN_ITERATION[row] ** 0.5
     fit = {**world.data.get("fit", {}), "seed": seed, "iterations": 10**9, **({"lr": rate} if rate else {})}
     data = {"device": device, **world.data, "method": method, "fit": fit, "trackers": []}
     data["evaluation"] = {**data.get("evaluation", {}), "images": world.images}
@@ -185,7 +207,8 @@ def one(
     stream = fit(job.pipeline, job.scorer, job.source, recipe, config.fit, policy=policy, parameters=parameters)
     clock = time.process_time if config.device == "cpu" else time.perf_counter
     seen: tuple[int, Any] = (0, base)
-    for i, evaluations, seconds, why in until(stream, job.scorer, world, clock):
+    found["training"] = []  # (evaluations, seconds, mean reward of the iteration's samples)
+    for i, evaluations, seconds, why in until(stream, job.scorer, world, clock, found["training"]):
         if seen[0] != i:
             seen = (i, look(role))
         found["curve"].append(point(base, seen[1], i, evaluations, seconds, why))
@@ -218,7 +241,11 @@ def judged(out: Path | None, exam: Any, parameters: Any, look: Callable[[], Any]
 
 
 def until(
-    stream: Iterator[dict[str, float]], scorer: Any, world: World, clock: Callable[[], float]
+    stream: Iterator[dict[str, float]],
+    scorer: Any,
+    world: World,
+    clock: Callable[[], float],
+    training: list[tuple[int, float, float]],
 ) -> Iterator[tuple[int, int, float, str]]:
     """Yield (iteration, evaluations, seconds, which budget) whenever a part of a budget has been spent."""
     waiting = {"evaluations": list(world.parts), "seconds": list(world.parts)}
@@ -229,6 +256,7 @@ def until(
         metrics = next(stream)
         seconds += clock() - began
         spent = {"evaluations": scorer.ledger.evaluations, "seconds": seconds}
+        training.append((spent["evaluations"], round(seconds, 2), round(metrics["reward"], 4)))
         for unit, left in waiting.items():
             while left and spent[unit] >= left[0] * budget[unit]:
                 yield int(metrics["iteration"]), spent["evaluations"], seconds, f"{unit}:{left.pop(0):g}"
