@@ -29,7 +29,7 @@ from transformers import (
 
 __all__ = [
     "TOKENS", "as_control", "autoencoder", "autoencoder_loss", "flow_loss", "flow_times", "flux_control", "latents",
-    "normalise", "t5_encoder", "token_ids", "without_noise", "word_tokenizer",
+    "normalise", "shifted", "t5_encoder", "token_ids", "without_noise", "word_tokenizer",
 ]  # fmt: skip
 
 TOKENS = 8  # prompts are padded to this many tokens; the longest of most worlds has seven words, and an end
@@ -134,7 +134,12 @@ def latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def flux_control(
-    sentences: Sequence[str], vae: AutoencoderKL, double: int = 1, single: int = 3, length: int = TOKENS
+    sentences: Sequence[str],
+    vae: AutoencoderKL,
+    double: int = 1,
+    single: int = 3,
+    length: int = TOKENS,
+    shift: float = 1.0,
 ) -> FluxControlPipeline:
     """Return an untrained ``FluxControlPipeline`` for 32×32 pictures.
 
@@ -144,6 +149,7 @@ def flux_control(
         double: number of two-stream blocks.
         single: number of one-stream blocks.
         length: tokens of a prompt; the longest and its end must fit.
+        shift: of the sampler's times (:func:`shifted`).
     """
     tokenizer = word_tokenizer(sentences, length)
     c = vae.config.latent_channels * 4
@@ -156,7 +162,7 @@ def flux_control(
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
     return FluxControlPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,
         text_encoder=clip_encoder(len(tokenizer), length),
         tokenizer=tokenizer,
@@ -172,9 +178,19 @@ def flow_times(n: int, generator: torch.Generator) -> Tensor:
     return torch.sigmoid(math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.9999, 0.9999)))
 
 
+def shifted(t: Tensor, shifts: Sequence[float]) -> Tensor:
+    """Return ``s t / (1 + (s - 1) t)`` of times ``(B,)``, the shifts s dealt out over the batch; > 1 is towards noise.
+
+    Small objects on an even ground can be seen in latents that are mostly noise: what they become is decided there.
+    """
+    s = torch.tensor(shifts, device=t.device).repeat(len(t))[: len(t)]
+    return s * t / (1 + (s - 1) * t)
+
+
 def flow_loss(
-    pipe: FluxControlPipeline, x0: Tensor, control: Tensor, ids: Tensor, generator: torch.Generator
-) -> Tensor:
+    pipe: FluxControlPipeline, x0: Tensor, control: Tensor, ids: Tensor, generator: torch.Generator,
+    shifts: Sequence[float] = (1.0,),
+) -> Tensor:  # fmt: skip
     """Return the flow-matching loss of one batch, scalar.
 
     Args:
@@ -183,9 +199,10 @@ def flow_loss(
         control: latents of the given pictures, likewise.
         ids: ``(B, T)`` of the prompts.
         generator: of times and noise, on the latents' device.
+        shifts: of the times (:func:`shifted`).
     """
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
-    t = flow_times(len(x0), generator)
+    t = shifted(flow_times(len(x0), generator), shifts)
     x = (1 - t)[:, None, None] * x0 + t[:, None, None] * noise
     edge = round(math.sqrt(x0.shape[1]))
     v = pipe.transformer(

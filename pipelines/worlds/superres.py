@@ -98,7 +98,7 @@ def build() -> Any:
     """
     vae = AutoencoderKL.from_pretrained(store.path("shapes"), subfolder="vae")
     without_noise(vae)
-    return flux_control([str(c) for c in scenes.captions()], vae, length=TOKENS)
+    return flux_control([str(c) for c in scenes.captions()], vae, length=TOKENS, shift=2.0)
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +119,7 @@ def pair_loss(pipe: Any, g: torch.Generator) -> Tensor:
     """Train the transformer and the text encoders by flow matching."""
     x0, c, ids = pool(pipe, g.device)
     rows = torch.randint(len(x0), (BATCH,), generator=g, device=g.device)
-    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g)
+    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, (1.0, 3.0))
 
 
 WORLD = World(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from flowalign.pipelines.worlds.canvas import BACKGROUND, COLOURS, SHAPES, Scene, render, uniform
-from flowalign.pipelines.worlds.parts import TEXT_WIDTH, TOKENS, flow_times, word_tokenizer
+from flowalign.pipelines.worlds.parts import TEXT_WIDTH, TOKENS, flow_times, shifted, word_tokenizer
 from flowalign.pipelines.worlds.train import Stage, World
 
 __all__ = ["ACTIONS", "FRAMES", "GRAVITY", "MOTIONS", "SIZE", "WORLD", "VideoBatch", "caption", "draw", "sample"]
@@ -193,7 +193,7 @@ def build() -> WanPipeline:
     nn.init.zeros_(transformer.proj_out.weight)
     nn.init.zeros_(transformer.proj_out.bias)
     return WanPipeline(
-        tokenizer=tokenizer, text_encoder=text, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(),
+        tokenizer=tokenizer, text_encoder=text, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def flow_loss(pipe: Any, g: torch.Generator) -> Tensor:
     row = torch.where(torch.rand(BATCH, generator=g, device=g.device) < DROPOUT, len(tokens) - 1, row)
     text = pipe.text_encoder(tokens[row], mask[row]).last_hidden_state * mask[row][..., None]
     noise = torch.randn(x0.shape, generator=g, device=g.device)
-    t = flow_times(BATCH, g)
+    t = shifted(flow_times(BATCH, g), (1.0, 3.0))
     s = t[:, None, None, None, None]
     v = pipe.transformer(
         hidden_states=(1 - s) * x0 + s * noise, timestep=1000 * t, encoder_hidden_states=text, return_dict=False

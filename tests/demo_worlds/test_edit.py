@@ -61,17 +61,17 @@ def test_drawing_is_seeded_and_scenes_have_room(drawn):
     assert counts.min() > 45  # no edit is rarer for needing room: 600 / 8 = 75 but for the circles' turns
 
 
-def test_edits_do_what_the_words_say(drawn):
+@pytest.mark.parametrize("amounts", [edit.FIXED, edit.SPREAD])
+def test_edits_do_what_the_words_say(amounts):
+    drawn = edit.draw(generator(1), 600, amounts=amounts)
     b, a, e = drawn.before, drawn.after, drawn.edit
     dx, dy = (a.x - b.x)[:, 0], (a.y - b.y)[:, 0]
     da, k = (a.angle - b.angle)[:, 0] * 180 / math.pi, (a.r / b.r)[:, 0]
-    low, high = edit.MOVE
+    (low, high), turns, ratios = amounts
     for op, value in ((0, -dx), (1, dx), (2, -dy), (3, dy)):
         assert ((value[e == op] >= low - 1e-4) & (value[e == op] <= high + 1e-4)).all()
-    assert (da[e == 4] > 19.9).all()
-    assert (da[e == 5] < -19.9).all()
-    assert (k[e == 6] > 1.29).all()
-    assert (k[e == 7] < 0.77).all()
+    for op, value, (low, high) in ((4, da, turns), (5, -da, turns), (6, k, ratios), (7, 1 / k, ratios)):
+        assert ((value[e == op] >= low - 1e-2) & (value[e == op] <= high + 1e-2)).all()
     rest = (a.x - b.x)[:, 1:].abs() + (a.y - b.y)[:, 1:].abs() + (a.r - b.r)[:, 1:].abs()
     assert rest.max() == 0
     for i, prompt in enumerate(drawn.prompts[:100]):
