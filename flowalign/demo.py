@@ -148,7 +148,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
 
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
-    share = min(75.0, options.total / 10)
+    share = options.total / 10
     every = ["--evaluation.every", "8" if not options.full else "25", "--evaluation.images", str(options.images)]
     few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5))]
     hacked = Child.start("hacked", "diffusion-nft", options, share, "--preset", "hacked", *few)
