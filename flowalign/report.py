@@ -17,11 +17,11 @@ from flowalign.config import to_dict
 from flowalign.evaluate import Outcome
 from flowalign.folder import Folder
 from flowalign.media_files import data_uri, grid
+from flowalign.page import write_page
 from flowalign.plots import COLOURS
 
 __all__ = ["Shown", "write_report"]
 
-TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PROMPTS, STRIP = 6, 5  # prompts of a category shown, and pictures of each
 
 
@@ -85,8 +85,6 @@ def write_report(
         title: of the page.
         words: a paragraph under the title.
     """
-    import jinja2
-
     names = labels or [f.summary().get("method", f.path.name) for f in folders]
     notes = notes or [""] * len(folders)
     runs = [
@@ -95,27 +93,23 @@ def write_report(
     ]
     main = headline(runs)
     config = folders[0].config()
-    loader = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    loader.filters |= {"pct": _percent, "points": _points, "secs": _seconds}
-    html = loader.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title or f"{names[0]} on {config.pipeline}",
-        words=words,
-        runs=runs,
-        main=main,
-        categories=list(next((r.accuracy for r in runs if r.accuracy), {})),
-        sheets=_sheets(runs, main),
-        learning=curves.learning(runs),
-        watched=curves.watched(runs, main),
-        verdicts=[curves.verdict(r) for r in runs if r.checks],
-        quality=curves.quality(runs, main),
-        insides=curves.insides(runs),
-        reward=config.reward,
-        config=[(r.label, _yaml(to_dict(r.folder.config()))) for r in runs],
-    )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    values = {
+        "title": title or f"{names[0]} on {config.pipeline}",
+        "words": words,
+        "runs": runs,
+        "main": main,
+        "categories": list(next((r.accuracy for r in runs if r.accuracy), {})),
+        "sheets": _sheets(runs, main),
+        "learning": curves.learning(runs),
+        "watched": curves.watched(runs, main),
+        "verdicts": [curves.verdict(r) for r in runs if r.checks],
+        "quality": curves.quality(runs, main),
+        "insides": curves.insides(runs),
+        "reward": config.reward,
+        "config": [(r.label, _yaml(to_dict(r.folder.config()))) for r in runs],
+    }
+    filters = {"pct": _percent, "points": _points, "secs": _seconds}
+    return write_page(path, "report.html", runs[0].summary, values, filters)
 
 
 def headline(runs: Sequence[Shown]) -> str:

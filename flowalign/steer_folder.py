@@ -19,7 +19,8 @@ from flowalign.summary import commit, versions
 from flowalign.trajectory import ranks
 
 if TYPE_CHECKING:
-    from flowalign.steer import SteerConfig, Steered
+    from flowalign.steer import SteerConfig
+    from flowalign.steered import Steered
 
 __all__ = ["spent_before", "write"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowalign.genealogy import Family, Member, family
 from flowalign.media_files import data_uri, grid, picture
+from flowalign.page import write_page
 from flowalign.plots import COLOURS, Series, figure
 from flowalign.protocols import Pipeline
 from flowalign.scorer import Scorer
@@ -18,11 +19,10 @@ from flowalign.source import Prompt
 from flowalign.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from flowalign.steer import Steered
+    from flowalign.steered import Steered
 
 __all__ = ["write_report"]
 
-TEMPLATE = Path(__file__).parent / "templates" / "steer.html"
 SHOWN, FAMILIES = 12, 3  # prompts with pictures, and with a genealogy
 TILE, ACROSS, DOWN, EDGE = 46, 104, 58, 16  # pixels of the drawing
 LOW, HIGH = (201, 42, 42), (43, 138, 62)
@@ -37,23 +37,19 @@ def write_report(
     prompts: Sequence[Prompt],
 ) -> Path:
     """Write one file with nothing outside it."""
-    import jinja2
     import yaml
 
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     visual = generator.modality != "audio"
-    families = _families(found, generator, prompts) if visual else []
-    html = env.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        s=summary,
-        title=f"{summary['method']}: {', '.join(scorer.rewards)}",
-        sheets=_sheets(found, prompts) if visual else [],
-        families=families,
-        curve=_curve(found),
-        ledger=[(k.removeprefix("seconds/"), v, k.startswith("seconds/")) for k, v in summary["ledger"].items()],
-        config=yaml.safe_dump(summary["config"], sort_keys=False, allow_unicode=True),
-    )
-    path.write_text(html, encoding="utf-8")
-    return path
+    values = {
+        "s": summary,
+        "title": f"{summary['method']}: {', '.join(scorer.rewards)}",
+        "sheets": _sheets(found, prompts) if visual else [],
+        "families": _families(found, generator, prompts) if visual else [],
+        "curve": _curve(found),
+        "ledger": [(k.removeprefix("seconds/"), v, k.startswith("seconds/")) for k, v in summary["ledger"].items()],
+        "config": yaml.safe_dump(summary["config"], sort_keys=False, allow_unicode=True),
+    }
+    return write_page(path, "steer.html", summary, values)
 
 
 def _sheets(found: Steered, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:

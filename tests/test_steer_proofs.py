@@ -12,7 +12,8 @@ import torch
 from flowalign.genealogy import evidence_error, evidence_variance, family
 from flowalign.methods.dts import DTS
 from flowalign.methods.fk_steering import FKSteering
-from flowalign.methods.tree import Tree, soft_mean
+from flowalign.methods.tree import Tree
+from flowalign.methods.tree_node import soft_mean
 from flowalign.potentials import Difference, Immediate
 from flowalign.selection import SCHEMES, Resample
 from tests.test_steering import KERNEL, TIMES, WORLD, exact_log_z, exact_mean, task

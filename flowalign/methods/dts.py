@@ -31,7 +31,8 @@ import torch
 from flowalign.ledger import BudgetSpent
 from flowalign.methods.base import Candidates, Preset, Steering, Task
 from flowalign.methods.particles import noisy_kernel, rows_of
-from flowalign.methods.tree import Node, Tree, pick, shares
+from flowalign.methods.tree import Tree
+from flowalign.methods.tree_node import Node, pick, shares
 from flowalign.noise import mix
 from flowalign.options import FitOptions
 
