@@ -69,9 +69,10 @@ def fit(
         policy: from :func:`flowalign.prepare.prepare`, with the recipe's roles.
         parameters: what is trained.
         accelerator: an ``accelerate.Accelerator`` for several processes; None for one.
-        folder: where checkpoints go; none are written without it.
+        folder: where checkpoints go; none are written without it. Of several processes the main one writes.
         resume: continue from the newest checkpoint of the folder.
-        stop: asked after each iteration; a true answer saves and ends the run (Ctrl-C, a user's own budget).
+        stop: asked after each iteration; a true answer, of any process, saves and ends the run (Ctrl-C, a user's own
+            budget). Budgets are those of each process, and end all with the first.
 
     Raises:
         ValueError: before any sampling, for settings that cannot learn.
@@ -91,11 +92,11 @@ def fit(
         trainer.load_state_dict(checkpoint.load(path))
     gather = same if accelerator is None else accelerator.gather
     collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather, options.overlap)
-    keeper = Keeper(folder, trainer, options.checkpoint_every)
+    keeper = Keeper(folder if _leads(accelerator) else None, trainer, options.checkpoint_every)
     if trainer.iteration == 0:
         for learner in trainer.learners:
             learner.before(collector, source, options)
-    while trainer.iteration < options.iterations and not _spent(policy.ledger, options):
+    while trainer.iteration < options.iterations and not _agreed(_spent(policy.ledger, options), accelerator):
         try:
             with keeper.pausing(scorer, stop):
                 metrics = _iterate(trainer, collector)
@@ -104,12 +105,24 @@ def fit(
                 return
             raise
         trainer.iteration += 1
-        ended = stop()
-        last = ended or trainer.iteration >= options.iterations or _spent(policy.ledger, options)
+        ended = _agreed(stop(), accelerator)
+        last = ended or trainer.iteration >= options.iterations or _agreed(_spent(policy.ledger, options), accelerator)
         keeper.keep(metrics, last)
         yield {"iteration": float(trainer.iteration), **metrics}
         if ended:
             return
+
+
+def _leads(accelerator: Any) -> bool:
+    """Return whether this process writes the checkpoints: of several, all of which read them, one does."""
+    return accelerator is None or accelerator.is_main_process
+
+
+def _agreed(wish: bool, accelerator: Any) -> bool:
+    """Return whether any process wishes it: clocks differ, and one that ended alone would leave the others waiting."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return wish
+    return bool(accelerator.gather(torch.tensor([wish], device=accelerator.device)).any())
 
 
 def _iterate(trainer: Trainer, collector: Collector) -> Metrics:

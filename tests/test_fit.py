@@ -96,6 +96,27 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(x, y) for x, y in zip(role["copies"], b["roles"][name_]["copies"], strict=True))
 
 
+def test_a_resumed_run_goes_on_with_the_global_random_numbers(tmp_path: Path) -> None:
+    """A reward of the user's may draw them: it draws after a resumption what it would have drawn."""
+
+    class Noisy(Bright):
+        def __call__(self, media: torch.Tensor, prompts: list[str], meta: object = None) -> torch.Tensor:
+            return super().__call__(media, prompts, meta) + torch.randn(len(media))
+
+    def noisy(iterations: int, seed: int, folder: Path | None) -> list[float]:
+        toy = Toy()
+        policy, parameters = prepare(toy, None)
+        torch.manual_seed(seed)
+        stream = fit(
+            toy, Scorer(toy, {"n": Noisy()}), Prompts(["a"]), Recipe(SDE, Clip(SDE, 1e-2)),
+            replace(OPTIONS, iterations=iterations), policy=policy, parameters=parameters, folder=folder, resume=True,
+        )  # fmt: skip
+        return [m["reward"] for m in stream]
+
+    first, rest = noisy(2, 0, tmp_path), noisy(4, 1, tmp_path)
+    assert len(first) == len(rest) == 2 and first + rest == noisy(4, 0, None)
+
+
 def test_accumulation_equals_one_batch() -> None:
     """Four batches accumulated are the gradient of one (up to the order of a sum)."""
     weights = []
@@ -250,6 +271,18 @@ def test_calls_are_paid_for_before_they_are_made() -> None:
     assert scorer.ledger.rewards == 10 and asked == [5, 5, 5]
 
 
+def test_every_iteration_has_noise_of_its_own() -> None:
+    """The same prompts drawn again are sampled anew, and the same iteration is always the same."""
+    toy = Toy()
+    recipe = Recipe(SDE, Clip(SDE, 1e-2))
+    collector = Collector(toy, Scorer(toy, {"bright": Bright()}), prepare(toy, None)[0], recipe, 6, 0)
+    draw = Prompts(["a", "b"]).draw(0, 2, 4)
+    x = [collect(collector, draw, i).trajectory.leaves.x for i in (0, 1, 0)]
+    assert torch.equal(x[0], x[2]) and not (x[0] == x[1]).any()
+    other = collect(replace(collector, seed=1), draw, 0).trajectory.leaves.x
+    assert not (x[0] == other).any()
+
+
 def test_variants_share_a_group() -> None:
     """Wordings of one prompt are rows of one group: advantages are centred over all of them."""
     toy = Toy()
@@ -266,15 +299,23 @@ def test_variants_share_a_group() -> None:
 def _two_processes(path: str) -> None:
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
+    accelerator, asked = Accelerator(cpu=True), []
+
+    def stop() -> bool:
+        asked.append(1)
+        return not accelerator.is_main_process and len(asked) == 2  # one of the two has had enough
+
     torch.set_num_threads(1)
     toy, recipe = Toy(), Recipe(SDE, Clip(SDE, 1e-2), credit=Group(Normalise(scale="batch")))
     policy, parameters = prepare(toy, None, recipe.roles)
     scorer, source = Scorer(toy, {"b": Bright()}), Prompts(["a", "b", "c dark"])
-    options = replace(OPTIONS, iterations=2, batch=1000)
+    options = replace(OPTIONS, iterations=5, batch=1000, checkpoint_every=1)
     metrics = list(
-        fit(toy, scorer, source, recipe, options, policy=policy, parameters=parameters, accelerator=accelerator)
-    )
+        fit(
+            toy, scorer, source, recipe, options, policy=policy, parameters=parameters, accelerator=accelerator,
+            folder=Path(path).parent / "checkpoints", stop=stop,
+        )
+    )  # fmt: skip
     if accelerator.is_main_process:
         torch.save({"w": [p.detach() for p in parameters], "n": len(metrics)}, path)
     accelerator.wait_for_everyone()
@@ -282,12 +323,16 @@ def _two_processes(path: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_one_batch(tmp_path: Path) -> None:
-    """Two processes with half the groups each take the step of one process with all of them."""
+    """Two processes with half the groups each take the steps of one process with all; they end and save together."""
     from accelerate import debug_launcher
 
     path = tmp_path / "two.pt"
     debug_launcher(_two_processes, (str(path),), num_processes=2)
     two = torch.load(path, weights_only=True)
+    assert two["n"] == 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [checkpoint.name(1), checkpoint.name(2)]
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))["weights"]
+    assert all(torch.equal(a, b) for a, b in zip(saved, two["w"], strict=True))
     toy, recipe = Toy(), Recipe(SDE, Clip(SDE, 1e-2), credit=Group(Normalise(scale="batch")))
     policy, parameters = prepare(toy, None, recipe.roles)
     scorer, source, options = (
