@@ -295,7 +295,8 @@ def test_the_longest_window_is_trajectory_balance(log_z: str) -> None:
     policy, parameters, e = moved(kernel)
     local, tb = LocalBalance(kernel, STEPS, log_z), TrajectoryBalance(kernel, 1.7, log_z)
     if log_z == "learned":
-        local.log_z.data, tb.log_z.data = torch.tensor(0.4), torch.tensor([0.4])
+        for m in (local, tb):
+            m.log_z.table.data.fill_(0.4)
     batch = whole(e, 1.7)
     batch = replace(batch, reward=batch.reward)
     a, b = (m(policy, batch, e.cond).terms["balance"] for m in (local, tb))
@@ -311,7 +312,7 @@ def test_forward_looking_gradient_is_the_finite_difference(span: int) -> None:
     torch.manual_seed(1)
     loss = LocalBalance(KERNELS[0], span, "learned", lambda shape: Curved())
     loss.prepare((2,))
-    every = [*parameters, *[p for p in loss.parameters() if p.dtype == F64]]
+    every = [*parameters, *loss.double().parameters()]
     batch = whole(e, 0.8)
     slope, off = gap(lambda: loss(policy, batch, e.cond).terms["balance"], every)
     assert abs(slope) > 1e-2 and off < 1e-7 * max(1.0, abs(slope))

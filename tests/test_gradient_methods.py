@@ -16,6 +16,7 @@ from flowalign.kernels import EulerMaruyama
 from flowalign.laws import Memoryless
 from flowalign.methods.adjoint_matching import AdjointMatching, late_and_random
 from flowalign.methods.draft import DRaFT, Jump, depth_law
+from flowalign.methods.forward_looking import ForwardLooking
 from flowalign.methods.rtb import RTB
 from flowalign.noise import Noise
 from flowalign.objectives.balance import TrajectoryBalance
@@ -226,3 +227,24 @@ def test_grown_batches_keep_the_noise_of_their_samples() -> None:
 def test_bad_settings(bad: DRaFT) -> None:
     with pytest.raises(ValueError, match=r"depth|repeats"):
         bad.recipe(torch.linspace(1, 0, 7))
+
+
+class Fixed(Bright):
+    """What a prompt is worth, whatever the picture."""
+
+    def __call__(self, media, prompts, meta=None):
+        return 0 * media.mean((1, 2, 3)) + torch.tensor([0.2 if p == "a" else 0.8 for p in prompts])
+
+
+@pytest.mark.parametrize(
+    "method", [RTB(scale=5.0, log_z="learned"), ForwardLooking(scale=5.0, log_z="learned", span=6)]
+)
+def test_every_prompt_learns_a_log_z_of_its_own(method: RTB | ForwardLooking) -> None:
+    """One prompt per iteration, so that all are row 0: log Z is λ r of each prompt, .2 and .8 of 5."""
+    toy, source = Toy(), Prompts(["a", "b"])
+    recipe = method.recipe(toy.times(6))
+    policy, parameters = prepare(toy, None, recipe.roles)
+    options = replace(OPTIONS, iterations=120, groups=1, size=4, lr=1e-12, lr_objective=0.1)
+    list(fit(toy, Scorer(toy, {"r": Fixed()}), source, recipe, options, policy=policy, parameters=parameters))
+    learned = recipe.objective.log_z(torch.arange(2), toy.encode(["a", "b"]))
+    assert torch.allclose(learned, torch.tensor([1.0, 4.0]), atol=0.1)

@@ -28,7 +28,7 @@ class RTB(Training):
 
     Attributes:
         scale: λ, reward in log units.
-        log_z: vargrad (the mean imbalance of each prompt's batch) or learned.
+        log_z: vargrad (the mean imbalance of each prompt's batch) or learned (one number per prompt).
         memoryless: sample with the memoryless law, under which one log Z can balance all lineages.
         noise: level a of the Flow-GRPO law otherwise.
         subset: part of each lineage's steps that gets a gradient, rescaled so that the gradient is unbiased.

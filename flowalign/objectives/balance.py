@@ -4,8 +4,9 @@ Relative trajectory balance (Venkatraman et al. 2405.20971), per lineage of a ch
 
     L = ( log Z + Σ_k [log p_θ(x_{k+1}|x_k) - log p_ref(x_{k+1}|x_k)] - λ r(x_K) )²
 
-Off-policy capable, no gradient through the sampler or the reward. Unless the chain is memoryless one scalar log Z
-cannot make it vanish: take ``vargrad`` (the batch mean of each row stands in for log Z) or one log Z per row.
+Off-policy capable, no gradient through the sampler or the reward. log Z belongs to the prompt: the batch mean of each
+row stands in for it (``vargrad``), or a table learns one for every prompt (:class:`LogZ`). Unless the chain is
+memoryless no constant makes the loss vanish: what the first state remembers is left over.
 """
 
 from __future__ import annotations
@@ -19,9 +20,29 @@ from flowalign.batches import Paths
 from flowalign.kernels import Kernel
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
+from flowalign.protocols import Condition
+from flowalign.source import text_key
 from flowalign.trajectory import Transitions
 
-__all__ = ["TrajectoryBalance"]
+__all__ = ["LogZ", "TrajectoryBalance"]
+
+
+class LogZ(nn.Module):
+    """A learned log normalising constant for every prompt: a table, entered by a stable hash of the prompt.
+
+    Args:
+        slots: of the table; of 1,500 prompts some 30 share one with another.
+    """
+
+    def __init__(self, slots: int = 1 << 16) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(slots))
+
+    def forward(self, row: Tensor, cond: Any) -> Tensor:
+        """Return log Z of rows ``(B,)`` of a condition; rows are the keys themselves where there are no prompts."""
+        if isinstance(cond, Condition):
+            row = torch.tensor([text_key(cond.prompts[r]) % len(self.table) for r in row.tolist()])
+        return self.table[row.to(self.table.device) % len(self.table)]
 
 
 class TrajectoryBalance(Objective):
@@ -30,24 +51,21 @@ class TrajectoryBalance(Objective):
     Args:
         kernel: the law of a step.
         scale: λ, reward in log units.
-        log_z: ``"vargrad"`` for the row's batch mean, or ``"learned"`` for one parameter per row key.
-        keys: number of prompts that learn a log Z of their own (``learned``).
+        log_z: ``"vargrad"`` for the row's batch mean, or ``"learned"`` for one number per prompt.
         subset: fraction of each lineage's steps that get a gradient, rescaled so that the gradient is unbiased.
     """
 
     wants: ClassVar[Wants] = "paths"
 
-    def __init__(
-        self, kernel: Kernel, scale: float = 1.0, log_z: str = "vargrad", keys: int = 1, subset: float = 1.0
-    ) -> None:
+    def __init__(self, kernel: Kernel, scale: float = 1.0, log_z: str = "vargrad", subset: float = 1.0) -> None:
         super().__init__()
         if not 0 < subset <= 1:
             raise ValueError(f"subset must lie in (0, 1]; got {subset}.")
         self.subset = subset
         if log_z not in ("vargrad", "learned"):
             raise ValueError(f"log_z must be 'vargrad' or 'learned'; got {log_z!r}.")
-        self.kernel, self.scale, self.mode = kernel, scale, log_z
-        self.log_z = nn.Parameter(torch.zeros(keys)) if log_z == "learned" else None
+        self.kernel, self.scale = kernel, scale
+        self.log_z = LogZ() if log_z == "learned" else None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -95,5 +113,5 @@ class TrajectoryBalance(Objective):
             count = torch.bincount(row, minlength=n).to(r).clamp_min(1)
             constant = -(r.new_zeros(n).index_add(0, row, r.detach()) / count)[row]
         else:
-            constant = self.log_z.to(r)[batch.row.to(r.device) % len(self.log_z)]
+            constant = self.log_z(batch.row, cond).to(r)
         return Losses({"balance": ((r + constant) ** 2).mean()}, {"log_z": summary(constant), "imbalance": summary(r)})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flowalign.batches import Paths
 from flowalign.kernels import Kernel
+from flowalign.objectives.balance import LogZ
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
 
@@ -31,7 +32,8 @@ class LocalBalance(Objective):
     Args:
         kernel: the law of a step.
         span: n; windows longer than the chain are the whole chain.
-        log_z: ``"vargrad"`` for the row's batch mean of the windows at the start, or ``"learned"``, one number.
+        log_z: ``"vargrad"`` for the row's batch mean of the windows at the start, or ``"learned"``, one number per
+            prompt.
         flow: shape of a state → network ``(x, t, row, cond) → (B,)`` of the residual flow; None for none.
     """
 
@@ -51,7 +53,7 @@ class LocalBalance(Objective):
         if log_z not in ("vargrad", "learned"):
             raise ValueError(f"log_z must be 'vargrad' or 'learned'; got {log_z!r}.")
         self.kernel, self.span, self.make = kernel, span, flow
-        self.log_z = nn.Parameter(torch.zeros(())) if log_z == "learned" else None
+        self.log_z = LogZ() if log_z == "learned" else None
         self.flow: nn.Module | None = None
 
     @property
@@ -85,7 +87,7 @@ class LocalBalance(Objective):
         inner = before[1:]
         if self.flow is not None and len(inner):
             inner = inner + self.flow(s.x[n:], s.t[n:], s.row[n:], cond).reshape(-1, n).to(inner)
-        start = torch.zeros_like(before[:1]) if self.log_z is None else self.log_z.to(before).expand(1, n)
+        start = torch.zeros_like(before[:1]) if self.log_z is None else self.log_z(s.row[:n], cond).to(before)[None]
         return torch.cat([start, inner, after[-1:]])
 
     def forward(self, policy: Policy, batch: Paths, cond: Any = None) -> Losses:
