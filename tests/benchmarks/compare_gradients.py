@@ -1,7 +1,8 @@
 """Reward gradients against policy gradients on the demo model: one JSON per (method, seed), one table, one plot.
 
-    python -m tests.benchmarks.compare_gradients --seconds 15 --seeds 0 1 2     runs what is missing, then both
+    python -m tests.benchmarks.compare_gradients --seconds 10 --seeds 0 1 2     runs what is missing, then both
     python -m tests.benchmarks.compare_gradients --table                        only the table and the plot
+    python -m tests.benchmarks.compare_gradients --trials srpo ipro             learning rates of further methods
 
 Every method trains all weights of ``shapes`` on the small open_clip model ``shapes-clip``, from the same prompts, for
 the same seconds of one core's own time (a busy machine does not count). The base has room to improve in two of the four
@@ -41,7 +42,10 @@ TRIAL = {"seed": 100, "seconds": 8.0, "images": 96}
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Return the settings of every method: those of its demo preset, and what makes the variant."""
+    """Return the settings of every method: those of its demo preset, and what makes the variant.
+
+    Those that have no row in the table are for ``--trials``, by which their presets were chosen.
+    """
     grown = {"groups": 16, "size": 1, "batch": 16, "accumulate": 0}
     steps = {"groups": 16, "size": 1, "batch": 80}
     groups = {"groups": 4, "size": 8}
@@ -57,6 +61,8 @@ def methods() -> dict[str, dict[str, Any]]:
         "nabla-db": ({"name": "nabla-db", "scale": SCALE, "fraction": 0.5}, steps, STEPWISE),
         "flow-grpo": ({"name": "flow-grpo"}, groups | {"batch": 96}, POLICY),
     }
+    table |= {n: ({"name": n}, {}, TAPED) for n in ("srpo", "instruct-video", "ipro", "ctrl-u", "r0")}
+    table["forward-looking"] = ({"name": "forward-looking", "scale": SCALE}, {}, STEPWISE)
     return {k: {"method": m, "fit": f, "rates": r} for k, (m, f, r) in table.items()}
 
 
@@ -65,10 +71,11 @@ def configure(name: str, seed: int, images: int, lr: float, batch: int = 96) -> 
     from flowalign.config import compose
 
     own = methods()[name]
-    fit = {**own["fit"], "steps": STEPS, "iterations": 10**6, "seed": seed, "weight_decay": 0.0, "lr": lr}
+    few = name == "r0"  # a few-step generator
+    fit = {**own["fit"], "steps": 4 if few else STEPS, "iterations": 10**6, "seed": seed, "weight_decay": 0.0, "lr": lr}
     data = {
+        "pipeline": "shapes-turbo" if few else "shapes", "evaluation": {"every": 1, "check": images, "batch": batch},
         "method": own["method"], "reward": "shapes-clip", "fit": fit, "trackers": [], "device": "cpu",
-        "evaluation": {"every": 1, "check": images, "batch": batch},
     }  # fmt: skip
     return replace(compose(data, None, "demo", name), ema=None)  # so few steps that an average would lag behind
 
@@ -138,12 +145,12 @@ def one(name: str, config: Any, which: str, seconds: float, looks: int) -> dict[
     return out
 
 
-BASES: dict[tuple[str, int], Any] = {}
+BASES: dict[tuple[str, str, int], Any] = {}
 
 
 def first_look(job: Any, policy: Any, which: str) -> Any:
     """Return what the base makes of the exam; every run of a command sees the same, so it is judged once."""
-    key = (which, job.check.images)
+    key = (job.config.pipeline, which, job.check.images)
     if key not in BASES:
         BASES[key] = look(job, policy)
     return BASES[key]
@@ -246,13 +253,17 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--methods", nargs="*", default=list(LABELS))
     p.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    p.add_argument("--seconds", type=float, default=15.0, help="of one core's own time, per run, looks not counted")
+    p.add_argument("--seconds", type=float, default=10.0, help="of one core's own time, per run, looks not counted")
     p.add_argument("--looks", type=int, default=2)
     p.add_argument("--images", type=int, default=96, help="per look")
+    p.add_argument("--trials", nargs="*", default=[], help="try the learning rates of these and do nothing else")
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.trials:
+        print({name: rate(name) for name in args.trials})
+        return
     if not args.table:
         run(args.methods, args.seeds, args.seconds, args.looks, args.images)
     print("\n".join(table(args.seconds)))
