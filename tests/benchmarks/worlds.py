@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 DYNAMICS = Path(__file__).parents[2] / "rewards" / "weights" / "inverse_dynamics"
 
@@ -57,55 +58,130 @@ def dynamics(folder: Path, steps: int) -> dict:
     return found
 
 
-def edit(pipe, samples: int, steps: int) -> tuple[dict, Tensor]:
-    from flowalign.pipelines.worlds import edit as world
-    from flowalign.rewards.shapes_edit import ShapesEdit, categories
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """(B,) dB of pictures in [0, 1]."""
+    return -10 * (images.clamp(0, 1) - truth).square().mean((1, 2, 3)).log10()
 
-    strict, graded, out = ShapesEdit(), ShapesEdit("graded"), {}
+
+def paired(batches: list, kinds: list[str], kind: str, samples: int):
+    """The first ``samples`` rows of one kind out of drawn batches of edits, as one batch."""
+    from flowalign.pipelines.worlds.edit import EditBatch
+
+    rows = [torch.tensor([i for i, x in enumerate(k) if x == kind]) for k in kinds]
+    cat = lambda name: torch.cat([getattr(b, name)[r] for b, r in zip(batches, rows, strict=True)])[:samples]  # noqa: E731
+    words = [b.prompts[i] for b, r in zip(batches, rows, strict=True) for i in r.tolist()][:samples]
+    return EditBatch(cat("source"), cat("target"), words, cat("edit"), batches[0].before, batches[0].after)
+
+
+def edit(pipe, samples: int, steps: int) -> tuple[dict, Tensor]:
+    """Strict and graded verdicts of each kind of edit, ``samples`` of each; a copy of the source would get 0."""
+    from flowalign.pipelines.worlds import edit as world
+    from flowalign.rewards.shapes_edit import CATEGORIES, ShapesEdit, categories
+
+    strict, graded, out, seconds, rows = ShapesEdit(), ShapesEdit("graded"), {}, 0.0, 0
     for split in ("report", "withheld"):
-        batch = world.draw(torch.Generator().manual_seed(3 if split == "report" else 4), samples, split)
-        start = time.perf_counter()
-        images = world.sample(pipe, batch, steps=steps)
-        out["seconds_per_sample"] = round((time.perf_counter() - start) / samples, 4)
-        kind, meta = categories(batch.prompts), batch.meta()
-        right, part = strict(images, batch.prompts, meta), graded(images, batch.prompts, meta)
-        seen = strict.findings(batch.source, images, batch.prompts)
-        out[split] = {"strict": share(right), "graded": average(part), "others kept": share(seen.others)}
-        for k in ("move", "turn", "resize"):
-            rows = torch.tensor([i for i, x in enumerate(kind) if x == k])
-            out[split][k] = share(right[rows])
+        g = torch.Generator().manual_seed(3 if split == "report" else 4)
+        batches = [world.draw(g, 500, split) for _ in range(samples * 16 // 1000 + 1)]  # a turn is one edit in six
+        kinds = [categories(b.prompts) for b in batches]
+        out[split], shown = {}, []
+        for kind in CATEGORIES:
+            batch = paired(batches, kinds, kind, samples)
+            start = time.process_time()
+            images = torch.cat([world.sample(pipe, part, steps=steps, seed=i) for i, part in enumerate(parts(batch))])
+            seconds, rows = seconds + time.process_time() - start, rows + len(images)
+            meta = batch.meta()
+            seen = strict.findings(batch.source, images, batch.prompts)
+            out[split][kind] = {
+                "strict": share(strict(images, batch.prompts, meta)),
+                "graded": average(graded(images, batch.prompts, meta)),
+                "edit achieved": share(seen.achieved), "object kept": share(seen.kept),
+                "others kept": share(seen.others),
+            }  # fmt: skip
+            shown.append(torch.stack([batch.source[:8], images[:8], batch.target[:8]], 1).flatten(0, 1))
         if split == "report":
-            picture = torch.stack([batch.source[:24], images[:24]], 1).flatten(0, 1)
-    return out, picture
+            picture = torch.cat(shown)
+    return {"seconds per sample (one core)": round(seconds / rows, 4), **out}, picture
+
+
+def parts(batch, size: int = 125) -> list:
+    """A batch of edits cut into smaller ones."""
+    from dataclasses import replace
+
+    return [
+        replace(batch, **{k: getattr(batch, k)[i : i + size] for k in ("source", "target", "prompts", "edit")})
+        for i in range(0, len(batch.prompts), size)
+    ]
+
+
+def superres(pipe, samples: int, steps: int) -> tuple[dict, Tensor]:
+    """The strict judge and the PSNR of the model, beside bicubic and bilinear enlargement, ``samples`` per category."""
+    from flowalign.pipelines.worlds import scenes
+    from flowalign.pipelines.worlds import superres as world
+    from flowalign.pipelines.worlds.cards import repeated
+    from flowalign.pipelines.worlds.splits import prompts
+    from flowalign.rewards.shapes import verdicts
+
+    out, shown, seconds, rows = {}, [], 0.0, 0
+    for split in ("report", "withheld"):
+        out[split] = {}
+        for k in scenes.CATEGORIES:
+            if not (text := prompts(split, k)):
+                continue
+            n = samples if split == "report" else samples // 4
+            captions = tuple(map(scenes.parse, repeated(text, n)))
+            batches = [
+                world.draw(torch.Generator().manual_seed(7 + i), len(captions[i : i + 125]), captions[i : i + 125])
+                for i in range(0, n, 125)
+            ]
+            start = time.process_time()
+            images = torch.cat([world.sample(pipe, b, steps=steps, seed=i) for i, b in enumerate(batches)])
+            seconds, rows = seconds + time.process_time() - start, rows + n
+            low, high = (torch.cat([getattr(b, name) for b in batches]) for name in ("low", "high"))
+            bicubic = F.interpolate(low, scale_factor=world.FACTOR, mode="bicubic", align_corners=False).clamp(0, 1)
+            words = [p for b in batches for p in b.prompts]
+            ways = {"model": images, "bicubic": bicubic, "bilinear": world.enlarge(low)}
+            out[split][k] = {
+                **{f"strict, {name}": share(verdicts(x, words)["strict"]) for name, x in ways.items()},
+                **{f"PSNR, {name}": average(psnr(x, high)) for name, x in ways.items()},
+                "strict, the truth": share(verdicts(high, words)["strict"]),
+            }
+            if split == "report":
+                shown.append(torch.stack([bicubic[:6], images[:6], high[:6]], 1).flatten(0, 1))
+    return {"seconds per sample (one core)": round(seconds / rows, 4), **out}, torch.cat(shown)
 
 
 def video(pipe, samples: int, steps: int, guidance: float) -> tuple[dict, Tensor]:
+    """The physics judge on ``samples`` of each kind of motion, and the actions that inverse dynamics reads."""
     from flowalign.pipelines.worlds import video as world
     from flowalign.rewards.idm import ActionAgreement
     from flowalign.rewards.shapes_video import ShapesVideo
 
-    judge, agree, out = ShapesVideo(), ActionAgreement(), {"guidance": guidance}
+    judge, agree, seconds, rows, shown = ShapesVideo(), ActionAgreement(), 0.0, 0, []
+    out: dict = {"guidance": guidance}
     for split in ("report", "withheld"):
-        batch = world.draw(torch.Generator().manual_seed(3), samples, split)
-        start = time.perf_counter()
-        media = torch.cat([
-            world.sample(pipe, batch.prompts[i : i + 128], steps=steps, guidance=guidance, seed=i)
-            for i in range(0, samples, 128)
-        ])  # fmt: skip
-        out["seconds_per_sample"] = round((time.perf_counter() - start) / samples, 4)
-        seen = judge.findings(media, batch.prompts)
-        group = world.GROUP[batch.motion]
-        out[split] = {
-            "strict": share(seen.right), "mass conserved": share(seen.matter <= 1), "shape": share(seen.shape == 0),
-            "smooth": share(seen.smooth <= 1), "law": share(seen.law <= 0),
-            **{k: share(seen.right[group == i]) for i, k in enumerate(world.CATEGORIES)},
-        }  # fmt: skip
-        told = (group < 2).nonzero()[:, 0]
-        meta = [{"actions": a} for a in batch.actions()[told]]
-        out[split]["action agreement"] = average(agree(media[told], [batch.prompts[i] for i in told.tolist()], meta))
-        if split == "report":
-            picture = media[:10].flatten(0, 1)
-    return out, picture
+        n = samples if split == "report" else samples // 4
+        every = torch.tensor(world.compositions(split))
+        out[split] = {}
+        for i, k in enumerate(world.CATEGORIES):
+            table = every[world.GROUP[every[:, 0]] == i]
+            batch = world.draw(torch.Generator().manual_seed(3 + i), n, names=table[torch.arange(n) % len(table)])
+            start = time.process_time()
+            media = torch.cat([
+                world.sample(pipe, batch.prompts[j : j + 125], steps=steps, guidance=guidance, seed=j)
+                for j in range(0, n, 125)
+            ])  # fmt: skip
+            seconds, rows = seconds + time.process_time() - start, rows + n
+            seen = judge.findings(media, batch.prompts)
+            out[split][k] = {
+                "strict": share(seen.right), "matter kept": share(seen.matter <= 1), "shape": share(seen.shape == 0),
+                "smooth": share(seen.smooth <= 1), "law": share(seen.law <= 0),
+            }  # fmt: skip
+            if k in ("move", "path"):
+                meta = [{"actions": a} for a in batch.actions()]
+                out[split][k]["action agreement"] = average(agree(media, batch.prompts, meta))
+            if split == "report":
+                shown.append(media[:2].flatten(0, 1))
+    return {"seconds per sample (one core)": round(seconds / rows, 4), **out}, torch.cat(shown)
 
 
 def tones(pipe, samples: int, steps: int) -> tuple[dict, Tensor | None]:
@@ -122,14 +198,21 @@ def tones(pipe, samples: int, steps: int) -> tuple[dict, Tensor | None]:
     return out, None
 
 
+def lines(found: dict, path: str = "") -> list[str]:
+    """The rows of a card's table, however deep the figures lie."""
+    out = []
+    for key, value in found.items():
+        name = f"{path} · {key}" if path else key
+        if isinstance(value, dict) and "mean" in value:
+            out.append(f"| {name} | {value['mean']} ± {value['error']} (n = {value['n']}) |")
+        else:
+            out += lines(value, name) if isinstance(value, dict) else [f"| {name} | {value} |"]
+    return out
+
+
 def write(folder: Path, name: str, found: dict, picture: Tensor | None, row: int) -> None:
     (folder / "card.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = [f"# {name}", "", "| | " + "value |", "|---|---|"]
-    for key, value in found.items():
-        for inner, v in value.items() if isinstance(value, dict) else [("", value)]:
-            text = f"{v['mean']} ± {v['error']} (n = {v['n']})" if isinstance(v, dict) and "mean" in v else str(v)
-            lines.append(f"| {key} {inner} | {text} |")
-    (folder / "card.md").write_text("\n".join(lines) + "\n")
+    (folder / "card.md").write_text("\n".join([f"# {name}", "", "| figure | value |", "|---|---|", *lines(found), ""]))
     if picture is not None:
         from torchvision.utils import make_grid, save_image
 
@@ -139,9 +222,9 @@ def write(folder: Path, name: str, found: dict, picture: Tensor | None, row: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.worlds", description=__doc__)
-    parser.add_argument("name", choices=["dynamics", "shapes-edit", "shapes-video", "tones"])
+    parser.add_argument("name", choices=["dynamics", "shapes-edit", "shapes-sr", "shapes-video", "tones"])
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--samples", type=int, default=1000, help="of every category")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--training-steps", type=int, default=600)
@@ -157,13 +240,15 @@ def main() -> None:
     folder = options.folder or WEIGHTS / options.name
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    if options.name == "shapes-edit":
-        found, picture = edit(pipe, options.samples, options.steps)
+    if options.name in ("shapes-edit", "shapes-sr"):
+        measure = edit if options.name == "shapes-edit" else superres
+        found, picture = measure(pipe, options.samples, options.steps)
     elif options.name == "shapes-video":
         found, picture = video(pipe, options.samples, options.steps, options.guidance)
     else:
         found, picture = tones(pipe, options.samples, options.steps)
-    found = {"sampler": f"FlowMatchEuler, {options.steps} steps", **found}
+    shift = pipe.scheduler.config.shift
+    found = {"sampler": f"FlowMatchEuler, {options.steps} steps, shift {shift:g}", **found}
     write(folder, options.name, found, picture, 9 if options.name == "shapes-video" else 12)
     print(json.dumps(found, indent=1))
 
