@@ -1,4 +1,4 @@
-"""Make and measure worlds: ``python -m flowalign.pipelines.worlds list | make NAME | card NAME | clip``.
+"""Make and measure worlds: ``python -m flowalign.pipelines.worlds list | make | card | ship | clip``.
 
 A command may join generators and judges; their packages may not.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.pipelines.worlds import WORLDS, find
+from flowalign.pipelines.worlds import WORLDS, find, store
 from flowalign.pipelines.worlds.store import WEIGHTS
 
 
@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     clip = commands.add_parser("clip", help="train the small CLIP reward and measure how it agrees with the judge")
     clip.add_argument("--steps", type=int, default=1500)
     clip.add_argument("--samples", type=int, default=512, help="pictures of `shapes` per category for the agreement")
+    ship = commands.add_parser("ship", help="copy a measured world among the shipped ones, in half precision")
+    ship.add_argument("name", choices=WORLDS)
+    ship.add_argument("folder", type=Path)
     card = commands.add_parser("card", help="measure a world and write card.json, card.md and samples.png beside it")
     card.add_argument("name", choices=WORLDS)
     card.add_argument("--folder", type=Path)
@@ -64,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
             resume=not options.fresh,
             shorten=options.shorten,
         )
+        return
+    if options.command == "ship":
+        sys.stdout.write(f"{store.ship(options.folder, options.name)}\n")
         return
     if options.command == "clip":
         clip(options.steps, options.samples)

@@ -2,7 +2,8 @@
 
 The large part of a pipeline is its denoiser: it is stored in half precision (10 bits of mantissa; every weight of these
 models is far inside half's range), and diffusers turns it back into single precision on loading. Text encoders and
-autoencoders are small and stay as they are: transformers would otherwise load them in half.
+autoencoders stay as they are until a world is shipped: then :func:`ship` halves them too, while their ``config.json``
+goes on saying float32, which is what transformers and diffusers load them in.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-__all__ = ["WEIGHTS", "path", "save"]
+__all__ = ["WEIGHTS", "path", "save", "ship"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -46,3 +48,21 @@ def save(pipe: Any, folder: Path) -> None:
     denoiser.to(torch.float32)
     for name, data in held.items():
         (folder / name).write_bytes(data)
+
+
+def ship(source: Path, name: str, weights: Path = WEIGHTS) -> Path:
+    """Copy a measured world among the shipped ones, every weight in half precision; return its folder.
+
+    Raises:
+        ValueError: if ``source`` holds no pipeline, or no card: what has not been measured is not shipped.
+    """
+    missing = [p for p in ("model_index.json", "card.json", "training.json") if not (source / p).is_file()]
+    if missing:
+        raise ValueError(f"{source} has no {', '.join(missing)}: make the world and its card, then ship it.")
+    target = weights / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    for file in target.rglob("*.safetensors"):
+        halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+        save_file(halved, file, metadata={"format": "pt"})
+    return target
