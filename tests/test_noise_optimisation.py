@@ -182,6 +182,16 @@ def test_clipping_is_by_sample() -> None:
     assert torch.allclose(alone.noises[START][0], climb.noises[START][0], atol=1e-12)
 
 
+def test_clipping_is_joint_over_the_noises() -> None:
+    """DNO clips the gradient of all noises of a sample together, not the noise of each step by itself."""
+    climb = climb_of(ReNO(lr=0.7, clip=0.1, norm=0.0, over="all", noise=0.7), task(linear, samples=2))
+    before = {k: z.detach().clone() for k, z in climb.noises.items()}
+    climb.step(0)
+    moved = torch.stack([(z.detach() - before[k]).flatten(1).norm(dim=1) for k, z in climb.noises.items()])
+    assert torch.allclose(moved.norm(dim=0), torch.full((2,), 1.9 * 0.7 * 0.1, dtype=F64))
+    assert (moved > 0).sum() > 10
+
+
 def test_optimise_in_few_steps_apply_in_more() -> None:
     """ReNO for distilled models: the best noise of the one-step climb is played by the run's own sampler."""
     t = task(linear, samples=2, steps=6)

@@ -267,7 +267,8 @@ def test_omega() -> None:
     assert omega([(10.0, 1.0), (30.0, 5.0)], line) == pytest.approx(1.0)
     bump = [(10.0, 1.0), (15.0, 2.5), (20.0, 2.0), (30.0, 3.0)]
     assert omega(bump, line) == pytest.approx(0.5 * 10 * 1.0 / 20 / 1)  # a triangle of base 10 and height 1, over 20
-    assert omega([(20.0, 2.0), (40.0, 9.0)], line) == pytest.approx((2 * 1 + 0.5 * 3.5) / 1.5 / 1 * 1 - 1, abs=2)
+    # both cover 20 to 30 alone: the curve rises from 2 to 5.5, the reference from 2 to 3; areas above 1, its first
+    assert omega([(20.0, 2.0), (40.0, 9.0)], line) == pytest.approx((1 + 4.5) / (1 + 2) - 1)
     with pytest.raises(ValueError, match="share no budgets"):
         omega([(40.0, 1.0), (50.0, 2.0)], line)
     with pytest.raises(ValueError, match="gains nothing"):

@@ -39,7 +39,7 @@ from tests.benchmarks.steering_contenders import CHOSEN, LEVELS, Contender, cont
 
 REWARDS = {"graded": "shapes?aspect=graded", "clip": "shapes-clip"}
 CURVE = (0.5, 2.0, 4.0)  # budgets of the curves, in those of the comparison
-CURVED = ("best-of-n", "fk", "dts*", "ttsnap", "ttsnap, noise-aware")  # with the graded judge
+CURVED = ("best-of-n", "dts*", "ttsnap", "ttsnap, noise-aware")  # with the graded judge
 
 
 # -- prompts, and what is made beforehand ------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def hard_prompts(generator: Any, args: argparse.Namespace) -> dict[str, list[str
         left = [t for t in texts if first[t] <= 0.25]
         rates[name] = success(generator, left, args.images, args.steps, 10_001)
         found[name] = [t for t, r in rates[name].items() if r <= args.most][: args.prompts]
-    found["train"] = every[2 * args.looked : 2 * args.looked + 48]
+    found["train"] = every[2 * args.looked : 2 * args.looked + 24]
     (args.output / "base.json").write_text(json.dumps(rates, indent=1) + "\n")
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -212,14 +212,15 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
-    """Try settings on the tuning prompts, two seeds of their own each; print reward and truth."""
+    """Try settings on the tuning prompts, with a seed of their own; print reward and truth."""
     generator, prompts = opened(args)
     trials: dict[str, tuple[str, dict[str, list[float]]]] = {
         "scale": ("fk", {"scale": [0.3, 1.0, 3.0], "noise": [0.4, 0.7]}),
         "explore": ("dts*", {"explore": [0.3, 1.0, 3.0]}),
-        "soft": ("dts", {"soft": [0.3, 1.0, 3.0]}),
-        "das": ("das", {"das": [0.1, 0.3, 1.0]}),
-        "reno": ("reno", {"climb": [1, 2], "lr": [1.0, 5.0, 20.0]}),
+        "widen": ("dts*", {"widen": [1.0, 2.0], "power": [0.5, 0.8]}),
+        "soft": ("dts", {"soft": [1.0, 3.0]}),
+        "das": ("das", {"das": [0.3, 1.0]}),
+        "reno": ("reno", {"climb": [1, 2], "lr": [5.0, 20.0]}),
     }
     path = args.output / "tuning.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
@@ -227,7 +228,9 @@ def tune(args: argparse.Namespace) -> None:
         start = CHOSEN[kind]
         for values in product(*grid.values()):
             given = {
-                k: v if k in ("noise", "climb", "lr") else v * getattr(start, "scale" if k == "das" else k)
+                k: v
+                if k in ("noise", "climb", "lr", "widen", "power")
+                else v * getattr(start, "scale" if k == "das" else k)
                 for k, v in zip(grid, values, strict=True)
             }
             entries = contenders(kind, args.evaluations, args.steps, replace(start, **given), Path("none"))
@@ -236,9 +239,9 @@ def tune(args: argparse.Namespace) -> None:
             ):
                 continue
             budget = f"{args.evaluations * len(prompts['tune'])}nfe"
-            runs = [one(generator, entries[name], kind, prompts["tune"], budget, args.steps, s) for s in (100, 101)]
-            means = {k: statistics.mean(v for r in runs for v in r[k]) for k in ("reward", "strict", "graded")}
-            rows.append({"kind": kind, "name": name, "given": given, **means})
+            run = one(generator, entries[name], kind, prompts["tune"], budget, args.steps, 100)
+            means = {k: statistics.mean(run[k]) for k in ("reward", "strict", "graded")}
+            rows.append({"kind": kind, "name": name, "given": given, **means, "seconds": run["seconds"]})
             path.write_text(json.dumps(rows, indent=1) + "\n")
             print(rows[-1], flush=True)
 
@@ -262,10 +265,10 @@ def main() -> None:
     p.add_argument("--output", type=Path, default=Path("runs/compare-steering"))
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     p.add_argument("--evaluations", type=int, default=80, help="per prompt")
-    p.add_argument("--prompts", type=int, default=8)
-    p.add_argument("--looked", type=int, default=40, help="prompts whose base success is measured")
-    p.add_argument("--images", type=int, default=40, help="of each that a first look leaves, for that")
-    p.add_argument("--train", type=int, default=16, help="images of each of 48 prompts that a student is trained on")
+    p.add_argument("--prompts", type=int, default=6)
+    p.add_argument("--looked", type=int, default=24, help="prompts whose base success is measured")
+    p.add_argument("--images", type=int, default=24, help="of each that a first look leaves, for that")
+    p.add_argument("--train", type=int, default=16, help="images of each of 24 prompts that a student is trained on")
     p.add_argument("--steps", type=int, default=10)
     p.add_argument("--most", type=float, default=0.15, help="base success of the prompts")
     p.add_argument("--units", nargs="+", default=["nfe", "seconds"], choices=["nfe", "curve", "seconds"])

@@ -34,6 +34,8 @@ class Settings:
         noise: a of the flow's SDE.
         soft: λ of the trees.
         explore: c of UCT, in the reward's unit.
+        widen: C of the trees.
+        power: α of the trees.
         climb: ReNO's steps of the sampler while climbing.
         lr: ReNO's learning rate.
         das: DAS's λ.
@@ -43,6 +45,8 @@ class Settings:
     noise: float
     soft: float
     explore: float
+    widen: float = 1.0
+    power: float = 0.5
     climb: int = 2
     lr: float = 5.0
     das: float = 100.0
@@ -64,8 +68,7 @@ def contenders(kind: str, evaluations: float, steps: int, s: Settings, aware: Pa
     from flowalign.methods.ttsnap import TTSnap
 
     n = max(2, round(evaluations / steps))
-    # without growth at the root the tree is best-of-N; C = 1, α = .5 shares prefixes from the third round on
-    tree = DTS(100_000, s.soft, widen=1.0, power=0.5, explore=s.explore, noise=s.noise, report=100_000)
+    tree = DTS(100_000, s.soft, widen=s.widen, power=s.power, explore=s.explore, noise=s.noise, report=100_000)
     many = max(k for k in range(1, n * 4) if k == 1 or spent(TTSnap(k, LEVELS, KEEP), steps) <= evaluations)
     out = {
         "best-of-n": Contender(BestOfN(n, n)),
@@ -84,6 +87,8 @@ def contenders(kind: str, evaluations: float, steps: int, s: Settings, aware: Pa
             FKSteering(das, scale=s.das, scheme="ssp", noise=s.noise, twist=1.0, temper="geometric", gamma=0.05)
         )
         climbs = max(1, round((evaluations - steps) / (3 * s.climb)))
+        for name in ("best-of-n, SDE", "svdd", "dts"):  # no question of the gradient's methods
+            del out[name]
         out["reno"] = Contender(ReNO(climbs, lr=s.lr, steps=s.climb, checkpoint=False))
     return out
 
