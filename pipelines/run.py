@@ -103,7 +103,7 @@ class Run:
         whole = whole.plain() if isinstance(whole, Track) else whole
         head = len(grid) <= len(whole) and torch.equal(grid.to(whole), whole[: len(grid)])
         session.offset = 0 if head else max(len(whole) - len(grid), 0)
-        session.track, session.entered = grid, True
+        session.track = grid
         frozen = copy.copy(scheduler)
         for name in ("step", "set_timesteps"):
             vars(frozen).pop(name, None)
@@ -137,7 +137,6 @@ class Run:
         torch.set_grad_enabled(self.grad)
         items = list(out) if isinstance(out, tuple | list) else [out]
         session.prepared_shape = items[0].shape if isinstance(items[0], Tensor) else None
-        session.prepared = items[0]
         if session.x is None or not isinstance(items[0], Tensor) or session.x.shape != items[0].shape:
             return out  # another loop's latents (the prior of StableUnCLIP)
         session.placed = True

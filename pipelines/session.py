@@ -79,12 +79,10 @@ class Session:
     stop_at_entry: bool = False
     batch: int = 1
     # results
-    entered: bool = False
     placed: bool = False
     track: Tensor | None = None
     offset: int = 0
     scheduler: Any = None
-    prepared: Any = None
     prepared_shape: torch.Size | None = None
     calls: list[StepCall] = field(default_factory=list)
     networks: list[tuple[str, Any]] = field(default_factory=list)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from flowalign.batches import Pairs, TimeLaw
@@ -58,8 +57,3 @@ class FlowDPO(Objective):
         if self.weighted:
             loss = loss * (batch.weight / batch.weight.mean()).to(loss)
         return Losses({"dpo": loss.mean()}, {"accuracy": summary((logit > 0).float()), "margin": summary(logit)})
-
-
-def implicit_reward(margin: Tensor, beta: float) -> Tensor:
-    """Return DPO's implicit reward ``-β/2 · margin`` of samples."""
-    return -0.5 * beta * margin
