@@ -105,8 +105,8 @@ def listed(what: str, args: list[str]) -> str:
         ValueError: for options that there are not, or names that nobody knows.
     """
     if {"-h", "--help"} & set(args):
-        names = "" if what == "pipelines" else " [NAME ...]"
-        return f"usage: flowalign {what}{names} [--json]\n\n{(LISTS[what].__doc__ or '').splitlines()[0]}"
+        some = "" if what == "pipelines" else " [NAME ...]"
+        return f"usage: flowalign {what}{some} [--json]\n\n{(LISTS[what].__doc__ or '').splitlines()[0]}"
     names = [a for a in args if a != "--json"]
     stray = [a for a in names if a.startswith("-")]
     if stray:
