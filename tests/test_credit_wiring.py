@@ -24,6 +24,7 @@ from flowalign.methods.base import Training
 from flowalign.methods.dense_grpo import Calibration, DenseGRPO
 from flowalign.methods.euphonium import Euphonium
 from flowalign.methods.grpo_guard import GRPOGuard
+from flowalign.methods.rlcm import RLCM
 from flowalign.methods.talk2move import Exit, Talk2Move
 from flowalign.methods.tp_grpo import TPGRPO
 from flowalign.noise import Noise
@@ -219,6 +220,13 @@ def test_the_exit_is_measured_within_groups() -> None:
         assert exit_.variances[k] == pytest.approx(sum(spread) / 2, rel=1e-4)
         assert exit_.variances[k] < 0.9 * float(e.total.var(correction=0))
     assert chosen == max((1, 4), key=lambda k: exit_.variances[k])
+
+
+def test_a_step_that_ends_next_to_data_is_not_trained() -> None:
+    """RLCM: diffusers' consistency grid ends at σ = .001, where a density would outweigh all others."""
+    times = torch.tensor([1.0, 0.667, 0.334, 0.001, 0.0], dtype=torch.float64)
+    assert trained_steps(RLCM().recipe(times), times) == [0, 1]
+    assert trained_steps(RLCM(least=0.0).recipe(times), times) == [0, 1, 2], "the last step draws none at all"
 
 
 # ------------------------------------------------------------------------------------------------ Euphonium

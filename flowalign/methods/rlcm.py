@@ -2,6 +2,9 @@
 
     x_s ~ N( α_s f_θ(x_t, t), σ_s² )        all noise of a step is fresh; the last step, into data, draws none
 
+Schedulers of few-step models may end their grid just before data (diffusers' at σ = .001). A step into such a time
+draws next to no noise; its density would be far sharper than the others' and outweigh them, so it is not trained.
+
 Loss: PPO's clip, or REBEL (2404.16767): regress the difference of log-ratios of two samples of a group on the
 difference of their advantages, ``((Δ log ρ)/η - ΔA)²``.
 """
@@ -54,6 +57,7 @@ class RLCM(Training):
 
     Attributes:
         clip: range of the per-dimension ratio.
+        least: steps that end at an earlier time than this are sampled and not trained.
         loss: clip (PPO) or rebel.
         eta: REBEL's inverse step size.
     """
@@ -66,6 +70,7 @@ class RLCM(Training):
   journal={arXiv preprint arXiv:2404.03673}, year={2024}}"""
 
     clip: float = 1e-4
+    least: float = 0.01
     loss: Literal["clip", "rebel"] = "clip"
     eta: float = 1.0
 
@@ -73,7 +78,9 @@ class RLCM(Training):
         """Return the choices: two steps or more, since the last one is deterministic."""
         kernel = Ancestral(Consistency())
         objective = Clip(kernel, self.clip) if self.loss == "clip" else Rebel(kernel, self.eta)
-        return Recipe(kernel, objective, credit=Group(Normalise(eps=1e-6, clamp=10.0)))
+        return Recipe(
+            kernel, objective, credit=Group(Normalise(eps=1e-6, clamp=10.0)), trained=lambda level, t, s: s > self.least
+        )
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:

@@ -4,7 +4,9 @@
 
     phases      seconds of an iteration by phase: encode, rollout, decode, reward, credit, update
     savings     a method and its counterpart with independent rollouts: ratio of seconds over ratio of evaluations,
-                of the rollout and of the update; 1 is the theoretical saving
+                of the rollout and of the update; 1 is the theoretical saving. Beside it the ratio to be expected where
+                a call costs something besides its evaluations, ``a calls + b evaluations``, with a and b measured in
+                the same run; the optimiser's own step is counted apart
     batches     seconds of the update at the method's batch against one step at a time
     rollouts    samples per second against the plain pipeline call
 
@@ -111,25 +113,26 @@ class Bench:
         self.collector = Collector(self.job.pipeline, self.job.scorer, self.policy, self.recipe, fit.steps, 0)
         self.clock = time.process_time if device == "cpu" else _synchronised
 
-    def iteration(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Do one iteration by the training loop; return seconds and evaluations by phase."""
+    def iteration(self) -> tuple[dict[str, float], dict[str, int], dict[str, int]]:
+        """Do one iteration by the training loop; return seconds, evaluations and calls by phase."""
         loop = import_module("flowalign.fit")  # the package's attribute of that name is the function
         from flowalign.collect import Collector
         from flowalign.scorer import Bound, Scorer
         from flowalign.trainer import Trainer
 
-        watch, counts = Stopwatch(self.clock), dict[str, int]()
+        watch, counts, calls = Stopwatch(self.clock), dict[str, int](), dict[str, int]()
         ledger, kind = self.policy.ledger, type(self.recipe.credit)
         inner = type(self.policy).posterior
 
         def counted(policy: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             counts[watch.stack[-1]] = counts.get(watch.stack[-1], 0) + len(x)
+            calls[watch.stack[-1]] = calls.get(watch.stack[-1], 0) + 1
             return inner(policy, x, *args, **kwargs)
 
         parts = [
             (type(self.job.pipeline), "encode", "encode"), (Collector, "sample", "rollout"),
             (Bound, "media", "decode"), (Scorer, "judge", "reward"), (Trainer, "backward", "update"),
-            (Trainer, "step", "update"),
+            (Trainer, "step", "step"),
         ]  # fmt: skip
         with patch.object(type(self.policy), "posterior", counted):
             patches = [watch.around(*p) for p in parts]
@@ -144,7 +147,29 @@ class Bench:
                     p.stop()
         self.trainer.iteration += 1
         assert ledger is self.job.scorer.ledger
-        return watch.spent, counts
+        return watch.spent, counts, calls
+
+    def costs(self, sizes: tuple[int, int] = (1, 32), repeats: int = 4) -> dict[str, tuple[float, float]]:
+        """Return seconds (of a call, of an evaluation) of the rollout and of the update: a + b n, from two n."""
+        draw = self.job.source.draw(0, 1, 2)
+        judge = self.collector.bind(draw)
+        noise = torch.randn(1, *self.job.pipeline.shape(judge.cond))
+        best: dict[tuple[str, int], float] = {}
+        for _ in range(repeats):
+            for n in sizes:
+                x, cond = noise.repeat(n, *[1] * (noise.ndim - 1)), judge.cond[torch.zeros(n, dtype=torch.long)]
+                t = torch.full((n,), 0.5, dtype=torch.float64)
+                for phase in ("rollout", "update"):
+                    began = self.clock()
+                    with torch.set_grad_enabled(phase == "update"):
+                        out = self.policy.posterior(x, t, cond).velocity
+                    if phase == "update":
+                        out.square().sum().backward()
+                    best[phase, n] = min(best.get((phase, n), 1e9), self.clock() - began)
+        for p in self.trainer.every:
+            p.grad = None
+        each = {p: (best[p, sizes[1]] - best[p, sizes[0]]) / (sizes[1] - sizes[0]) for p in ("rollout", "update")}
+        return {p: (best[p, sizes[0]] - sizes[0] * b, b) for p, b in each.items()}
 
 
 def _synchronised() -> float:
@@ -156,7 +181,7 @@ def phases(method: str, args: argparse.Namespace) -> dict[str, float]:
     """Return seconds per iteration by phase of the demo's settings; the first iteration warms up and is left out."""
     bench = Bench(method, args.groups, args.device)
     runs = [bench.iteration()[0] for _ in range(args.iterations + 1)][1:]
-    names = ("encode", "rollout", "decode", "reward", "credit", "update", "other")
+    names = ("encode", "rollout", "decode", "reward", "credit", "update", "step", "other")
     return {n: sum(r.get(n, 0.0) for r in runs) / len(runs) for n in names}
 
 
@@ -167,7 +192,7 @@ def independent(recipe: Any) -> Any:
     return replace(recipe, select=None, roots=lambda n: n, shared_noise=False, credit=Group(), learners=(), thin=None)
 
 
-def savings(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def savings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return achieved and theoretical savings of methods that share or skip work.
 
     The counterparts have the same kernel and the same number of samples, each with a start and a chain of its own.
@@ -186,22 +211,33 @@ def savings(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             ("g2rpo", None, {"levels": (3,), "strides": (1,)}), ("flow-grpo", None, {"kl": 0.0, "window": (0, 9)}),
         ),
     }  # fmt: skip
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for name, (ours, theirs) in pairs.items():
         if args.only not in name:
             continue
         a, b = (Bench(m, args.groups, args.device, change, **settings) for m, change, settings in (ours, theirs))
         best: dict[tuple[int, str], float] = {}
         counts: list[dict[str, int]] = [{}, {}]
+        calls: list[dict[str, int]] = [{}, {}]
+        cost = a.costs()
         for _ in range(args.iterations + 2):
             for i, bench in enumerate((a, b)):
-                spent, counts[i] = bench.iteration()
-                for phase in ("rollout", "update"):
+                spent, counts[i], calls[i] = bench.iteration()
+                for phase in ("rollout", "update", "step"):
                     best[i, phase] = min(best.get((i, phase), 1e9), spent[phase])
-        row = {}
+        row: dict[str, Any] = {
+            f"{p}: milliseconds of a call, of an evaluation": [1e3 * c for c in cost[p]] for p in cost
+        }
+        row["step: seconds"] = [best[0, "step"], best[1, "step"]]
         for phase in ("rollout", "update"):
             theory, found = counts[1][phase] / counts[0][phase], best[1, phase] / best[0, phase]
+            made = [calls[i][phase] * cost[phase][0] + counts[i][phase] * cost[phase][1] for i in (0, 1)]
             row |= {f"{phase}: evaluations": theory, f"{phase}: seconds": found, f"{phase}: achieved": found / theory}
+            row[f"{phase}: calls"] = [calls[0][phase], calls[1][phase]]
+            row |= {
+                f"{phase}: calls counted": made[1] / made[0],
+                f"{phase}: of that achieved": found * made[0] / made[1],
+            }
         out[name] = row
     return out
 

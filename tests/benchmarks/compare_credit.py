@@ -59,6 +59,8 @@ class World:
         categories: of prompts that it is judged on; all when empty.
         trial: keys of the evaluation while learning rates are tried.
         warm: whether a process first does an iteration that is thrown away, so that imports count for no method.
+        rows: what there is to compare; all of ``ROWS`` when empty.
+        sampler: of the pictures that are judged: the ode, or the consistency steps of a few-step model.
         walk: learning rate of a row that takes one optimiser step an iteration; with n steps it is walk / √n, so that
             all rows' weights make the same random walk an iteration. None for the presets' rates.
     """
@@ -73,6 +75,8 @@ class World:
     categories: tuple[str, ...] = ()
     trial: Settings = field(default_factory=dict)
     warm: bool = True
+    rows: tuple[str, ...] = ()
+    sampler: str = "ode"
     walk: float | None = None
 
 
@@ -96,6 +100,11 @@ ROWS: dict[str, Settings] = {
     "ddpo": {"name": "ddpo"},
     "talk2move": {"name": "talk2move"},
 }  # fmt: skip
+FEW_STEPS: dict[str, Settings] = {
+    "rlcm": {"name": "rlcm"},
+    "rlcm-rebel": {"name": "rlcm", "loss": "rebel", "eta": 1.0},
+}
+"""Rows of a consistency model."""
 SHORT = (
     "flow-grpo", "tp-grpo", "flow-sde", "dense-grpo", "dance-grpo", "branch-grpo", "euphonium", "ddpo", "b2-diffurl"
 )  # fmt: skip
@@ -138,6 +147,15 @@ WORLDS = {
         10_000, 75.0, 300, {"dense-grpo": {"rounds": 3}, "b2-diffurl": {"stages": 20}}, rates=(1e-4, 3e-4),
         parts=(1.0,), categories=("count",), trial={"prompts": "shapes:select"}, warm=False, walk=4.2e-4,
     ),
+    "turbo": World(
+        {
+            "pipeline": "shapes-turbo", "reward": "shapes", "precision": "bf16",
+            "fit": {"groups": 8, "size": 16, "steps": 4, "batch": 128, "betas": (0.9, 0.99), "weight_decay": 0.0,
+                    "warmup": 5},
+        },
+        15_000, 90.0, 1000, rates=(2e-4, 5e-4), parts=(1.0,), categories=("count",),
+        trial={"prompts": "shapes-turbo:select"}, warm=False, rows=tuple(FEW_STEPS), sampler="consistency",
+    ),
 }  # fmt: skip
 
 
@@ -154,7 +172,7 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
     """Return the configuration of a run."""
     from flowalign.config import compose
 
-    method = {**ROWS[row], **world.toy.get(row, {})}
+    method = {**(ROWS | FEW_STEPS)[row], **world.toy.get(row, {})}
     if rate is None and world.walk is not None:
         rate = world.walk / STEPS_AN_ITERATION[row] ** 0.5
     fit = {**world.data.get("fit", {}), "seed": seed, "iterations": 10**9, **({"lr": rate} if rate else {})}
@@ -179,8 +197,10 @@ def one(
     import torch
 
     from flowalign.build import build
-    from flowalign.evaluate import category, examine
+    from flowalign.evaluate import Outcome, category, examine
     from flowalign.fit import fit
+    from flowalign.kernels import Ancestral, EulerMaruyama
+    from flowalign.laws import Consistency
     from flowalign.ledger import Ledger
     from flowalign.policy import Policy
     from flowalign.prepare import prepare
@@ -196,11 +216,15 @@ def one(
     other = Policy(job.judged, policy.roles, Ledger(), None, job.frozen)
     asked = [p for p in job.exam.prompts if not world.categories or category(p) in world.categories]
     exam = replace(job.exam, prompts=asked)
-    look = lambda role: examine(job.judged, other, job.judge, exam, role=role, layouts=job.layouts)  # noqa: E731
+    kernel = Ancestral(Consistency()) if world.sampler == "consistency" else EulerMaruyama()
+
+    def look(role: str) -> Outcome:
+        return examine(job.judged, other, job.judge, exam, role=role, kernel=kernel, layouts=job.layouts)
+
     base, role = judged(out, exam, parameters, lambda: look("reference")), "current" if config.ema is None else "ema"
     found: dict[str, Any] = {
         "row": row, "seed": seed, "lr": config.fit.lr, "world": config.pipeline, "device": device,
-        "precision": config.precision, "method": ROWS[row], "weights": digest(parameters),
+        "precision": config.precision, "method": (ROWS | FEW_STEPS)[row], "weights": digest(parameters),
         "budgets": {"evaluations": world.evaluations, "seconds": world.seconds},
         "curve": [point(base, base, 0, 0, 0.0, "start")],
     }  # fmt: skip
@@ -349,16 +373,17 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if args.what == "table":
-        results = read(args.out, ROWS)
+        results = read(args.out, ROWS | FEW_STEPS)
         print(table(results), claims(results), sep="\n\n")
         if args.figure is not None:
             draw(results, args.figure)
         return
-    args.rows = list(SHORT) if args.rows == ["short"] else (args.rows or list(ROWS))
-    strangers = set(args.rows) - set(ROWS)
-    if strangers:
-        p.error(f"no rows {sorted(strangers)}; there are {', '.join(ROWS)}.")
     world = WORLDS[args.world]
+    known = world.rows or tuple(ROWS)
+    args.rows = list(SHORT) if args.rows == ["short"] else (args.rows or list(known))
+    strangers = set(args.rows) - set(known)
+    if strangers:
+        p.error(f"no rows {sorted(strangers)} on {args.world}; there are {', '.join(known)}.")
     given = {k: getattr(args, k) for k in ("evaluations", "seconds", "images") if getattr(args, k) is not None}
     if args.rates:
         given["rates"] = tuple(args.rates)
