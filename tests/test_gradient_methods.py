@@ -211,6 +211,13 @@ def test_late_and_random_steps() -> None:
     assert levels[-3:] == [5, 6, 7] and len(levels) == 5 and len(kept) == 15
 
 
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_the_clip_grows_with_the_square_of_the_scale(scale: float) -> None:
+    """Losses at the base are λ² times what they are for λ = 1, so the same samples are clipped whatever λ is."""
+    assert AdjointMatching(scale=scale, clip=1.6).recipe(torch.linspace(1, 0, 5)).objective.clip == 1.6 * scale**2
+    assert AdjointMatching(scale=scale, clip=None).recipe(torch.linspace(1, 0, 5)).objective.clip is None
+
+
 def test_grown_batches_keep_the_noise_of_their_samples() -> None:
     """A microbatch's samples start from the same noise as in the whole draw: keys travel with the rows."""
     toy = Toy()

@@ -31,7 +31,7 @@ from flowalign.scorer import Scorer
 from flowalign.source import Prompts
 from flowalign.trajectory import Nodes
 from tests.toy import Bright, Toy
-from tests.worlds import F64, Normal, chain, output, riccati
+from tests.worlds import F64, Normal, chain, cosine, output, riccati
 from tests.zoo import build
 
 WORLD, LAM, SLOPE = Normal(0.5, 0.7**0.5), 1.3, 0.8
@@ -45,20 +45,19 @@ def grid(steps: int) -> Tensor:
 class Affine(nn.Module):
     """The Gaussian world plus ``a_k x + b_k`` in the velocity of each step: all that a quadratic reward needs."""
 
-    process = WORLD.process
-
-    def __init__(self, times: Tensor) -> None:
+    def __init__(self, times: Tensor, world: Normal = WORLD) -> None:
         super().__init__()
+        self.world, self.process = world, world.process
         self.times, self.law = times, nn.Parameter(torch.zeros(len(times) - 1, 2, dtype=F64))
 
     def posterior(self, x: Tensor, t: Time, cond: object = None) -> Posterior:
         times = torch.as_tensor(t, dtype=F64).reshape(-1).expand(len(x))
         a, b = self.law[(times[:, None] - self.times[:-1]).abs().argmin(1)].unbind(1)
-        return self.process.posterior(x, t, v=WORLD.posterior(x, t).velocity + a[:, None] * x + b[:, None])
+        return self.process.posterior(x, t, v=self.world.posterior(x, t).velocity + a[:, None] * x + b[:, None])
 
     def links(self, kernel: Kernel, times: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the samples, exactly."""
-        world = replace(WORLD)
+        world = replace(self.world)
         object.__setattr__(world, "posterior", lambda x, t, cond=None: self.posterior(x, t))
         with torch.no_grad():
             return output(world, chain(world, kernel, times), 1.0)
@@ -131,14 +130,26 @@ def test_value_function_bias(share: float, golden: float, steps: int) -> None:
     assert abs(mean - base_mean - golden) < 0.015
 
 
-def shifted(kernel: Kernel, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Adjoint Matching's optimum for a linear reward: one Newton step on each step's offset."""
-    net = Affine(times)
+def test_adjoint_matching_of_a_diffusion_model() -> None:
+    """Not flows alone: on a variance-preserving process the optimum is the chain's own tilt too, and a_k misses it."""
+    world = Normal(0.5, 0.7**0.5, cosine(0.02, 1.5))
+    kernel, times = EulerMaruyama(Memoryless()), grid(40)
+    links = chain(world, kernel, times)
+    base_mean, base_var = output(world, links, 1.0)
+    memory = torch.stack([link.A for link in links]).prod() ** 2 * world.moments(torch.ones((), dtype=F64))[1]
+    tilt = base_mean + LAM * SLOPE * (base_var - memory)
+    assert abs(shifted(kernel, times, world)[0] - tilt) < 1e-9
+    assert abs(shifted(kernel, times, world, early=True)[0] - tilt) > 0.01
+
+
+def shifted(kernel: Kernel, times: Tensor, world: Normal = WORLD, early: bool = False) -> tuple[Tensor, Tensor]:
+    """Adjoint Matching's optimum for a linear reward: one Newton step on each step's offset; ``early`` pairs a_k."""
+    net = Affine(times, world)
     policy = Policy(net, {"reference": Weights([net.law])})
     z = torch.randn(4, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
     tree = rollout(policy, kernel, times, Nodes.enter(z), noise=Noise(0))
     a = lean_adjoint(policy, kernel, tree, -LAM * reward_gradient(lambda x, r: SLOPE * x[:, 0], tree.leaves.x, z))
-    loss = AdjointMatching(kernel)(policy, tree.transitions([None, *a[1:]])).terms["adjoint"]
+    loss = AdjointMatching(kernel)(policy, tree.transitions([None, *(a[:-1] if early else a[1:])])).terms["adjoint"]
     (g,) = torch.autograd.grad(loss, net.law, create_graph=True)
     (h,) = torch.autograd.grad(g[:, 1].sum(), net.law, retain_graph=True)
     net.law.data[:, 1] -= g[:, 1].detach() / h[:, 1]
@@ -232,3 +243,22 @@ def test_peak_bytes_are_flat_per_taped_step_with_checkpoints() -> None:
     network = 256 * 512 * 4
     plain, thin = ((peak(16, 8, c) - peak(16, 2, c)) / 6 for c in (False, True))
     assert plain > network and thin < 0.25 * network
+
+
+def test_the_lean_adjoint_holds_the_graph_of_one_step() -> None:
+    """Four times the steps cost their adjoints, not their networks."""
+    state, network = 256 * 12 * 4, 256 * 512 * 4
+
+    def peak(steps: int) -> int:
+        toy = Toy()
+        toy.denoiser = nn.Sequential(nn.Linear(13, 512), nn.Tanh(), nn.Linear(512, 12))
+        policy, _ = prepare(toy, None, ("reference",))
+        z = torch.randn(256, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        cond, kernel = toy.encode(["a"] * 256), EulerMaruyama(Memoryless())
+        tree = rollout(policy, kernel, toy.times(steps), Nodes.enter(z), cond, noise=Noise(0))
+        with Meter() as meter:
+            lean_adjoint(policy, kernel, tree, z, cond)
+            return meter.peak
+
+    short, long = peak(4), peak(16)
+    assert short > network and long - short <= 2 * 12 * state < network

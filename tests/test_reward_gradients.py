@@ -332,6 +332,26 @@ def test_kl_of_each_step() -> None:
     assert kl > 1e-3
 
 
+def test_velocity_gap_of_each_step() -> None:
+    """The other penalty: weight times the mean over the taped steps of the mean squared gap; nothing at the base."""
+    collector, parameters, draw = bench(DRaFT(depth=3, kl=0.7))
+    for moved in (0.0, 0.05):
+        for p in parameters:
+            p.data = p.data + moved
+        data, cond = grow(collector, draw, 0, collector.recipe.tape(0))
+        kl = collector.recipe.objective(collector.policy, data, cond).terms["kl"]
+        gaps, grid = [], data.trajectory.times.tolist()
+        for k in (3, 4, 5):
+            nodes = data.trajectory.at(k)
+            own, base = (
+                collector.policy.posterior(nodes.x, grid[k], cond[nodes.row], role).velocity
+                for role in ("current", "reference")
+            )
+            gaps.append(((own - base) ** 2).mean())
+        assert torch.allclose(kl, 0.7 * torch.stack(gaps).mean(), atol=1e-12)
+    assert kl > 1e-3 and abs(gaps[0] - gaps[2]) > 1e-5  # the steps differ, so that the mean is seen
+
+
 def test_doubt_by_hand() -> None:
     """Two noisings that disagree weigh less; where they agree the loss is the plain one."""
     r = torch.tensor([0.2, 0.6, 0.2, 0.1], dtype=F64, requires_grad=True)  # samples A, B; then A, B again
