@@ -83,6 +83,29 @@ def test_flat_regions_keep_the_guess() -> None:
     assert spread.max() < 1.2 * spread.min()
 
 
+def test_even_noise_has_the_mean_of_the_map() -> None:
+    """The control: each picture's noise spread evenly. The map's samples spread from place to place, its do not."""
+    t, low = sharp(2, 300)
+    low[0, :2] = t.policy.denoiser.mean  # certain in two thirds of the first picture, nowhere in the second
+    low[1] = 9.0
+    for p in (0, 1):
+        t.draw.meta[p]["image"] = low[p]
+    found = next(UPSR(psi=0.05, floor=0.2, start=0.8, even=True).search(t))
+    rows = rows_of(t, per_sample=False)
+    mean = weight(UPSR()._guess(rows), low, 0.05, 0.2).flatten(1).mean(1)
+    start = found.x  # the ODE from a start of even noise scales it evenly
+    first, second = (start[found.row == p].std(0) for p in (0, 1))
+    assert first.max() < 1.35 * first.min() and mean[0] < 0.6 * mean[1]
+    assert float(first.mean() / second.mean()) == pytest.approx(float(mean[0] / mean[1]), rel=0.05)
+
+
+def test_rounds_draw_noises_of_their_own() -> None:
+    """n candidates of one result are n different samples, the same ones each time."""
+    found, again = (list(UPSR(n=3).search(sharp(1, 1)[0])) for _ in range(2))
+    assert len(found) == 3 and len({round(float(c.x.sum()), 6) for c in found}) == 3
+    assert all(torch.equal(a.x, b.x) for a, b in zip(found, again, strict=True))
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="no noise to shape"):
         UPSR(start=1.0, noise=0.0)

@@ -59,6 +59,7 @@ class UPSR(Steering):
         start: time to start at; 1 for pure noise. Below it the start is the guess under spatial noise.
         noise: of the sampler: 0 for the ODE, else a of the flow's SDE, η of DDIM; scaled by the map.
         n: candidates per wanted result.
+        even: spread each picture's noise evenly, at the mean of its map: the control that the map is measured against.
     """
 
     name: ClassVar[str] = "upsr"
@@ -73,6 +74,7 @@ class UPSR(Steering):
     start: float = 0.6
     noise: float = 0.0
     n: int = 1
+    even: bool = False
 
     def __post_init__(self) -> None:
         if self.psi <= 0 or not 0 < self.floor <= 1 or not 0 < self.start <= 1 or self.n < 1 or self.noise < 0:
@@ -90,6 +92,8 @@ class UPSR(Steering):
         with torch.no_grad():
             guess, low = self._guess(rows), enlarged(task)
             w = weight(guess, low.to(guess), self.psi, self.floor)
+            if self.even:
+                w = w.mean(tuple(range(1, w.ndim)), keepdim=True).expand_as(w)
         row = torch.arange(len(rows.prompt)).repeat_interleave(task.draw.samples)
         for i in range(self.n):
             with torch.no_grad():

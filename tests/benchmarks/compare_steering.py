@@ -39,7 +39,7 @@ from tests.benchmarks.steering_contenders import CHOSEN, LEVELS, Contender, cont
 
 REWARDS = {"graded": "shapes?aspect=graded", "clip": "shapes-clip"}
 CURVE = (0.5, 2.0, 4.0)  # budgets of the curves, in those of the comparison
-CURVED = ("best-of-n", "dts*", "ttsnap", "ttsnap, noise-aware")  # with the graded judge
+CURVED = ("best-of-n", "dts*", "dts*, wide", "ttsnap", "ttsnap, noise-aware")  # with the graded judge
 
 
 # -- prompts, and what is made beforehand ------------------------------------------------------------------------------
@@ -204,7 +204,9 @@ def run_all(args: argparse.Namespace) -> None:
     for seed, unit, kind in product(args.seeds, units, args.rewards):
         for name in contenders(kind, args.evaluations, args.steps, CHOSEN[kind], students[kind]):
             path = report.file_of(args.output, kind, unit, name, seed)
-            left_out = unit not in report.TITLES and (kind == "clip" or name not in CURVED)
+            curved = kind == "graded" and name in CURVED
+            left_out = name == "dts*, wide" if unit in report.TITLES else not curved
+            left_out = left_out or (args.methods and name not in args.methods)
             row = None if path.is_file() or left_out else bench.run(kind, unit, name, seed)
             if row is not None:
                 path.write_text(json.dumps(row) + "\n")
@@ -234,8 +236,10 @@ def tune(args: argparse.Namespace) -> None:
                 for k, v in zip(grid, values, strict=True)
             }
             entries = contenders(kind, args.evaluations, args.steps, replace(start, **given), Path("none"))
-            if name not in entries or any(
-                r["kind"] == kind and r["name"] == name and r["given"] == given for r in rows
+            if (
+                name not in (args.methods or entries)
+                or name not in entries
+                or any(r["kind"] == kind and r["name"] == name and r["given"] == given for r in rows)
             ):
                 continue
             budget = f"{args.evaluations * len(prompts['tune'])}nfe"
@@ -273,6 +277,7 @@ def main() -> None:
     p.add_argument("--most", type=float, default=0.15, help="base success of the prompts")
     p.add_argument("--units", nargs="+", default=["nfe", "seconds"], choices=["nfe", "curve", "seconds"])
     p.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
+    p.add_argument("--methods", nargs="+", default=[], help="these alone")
     p.add_argument("--figure", type=Path, default=None)
     args = p.parse_args()
     torch.set_num_threads(1)

@@ -45,14 +45,14 @@ class Settings:
     noise: float
     soft: float
     explore: float
-    widen: float = 1.0
+    widen: float = 2.0
     power: float = 0.5
     climb: int = 2
     lr: float = 5.0
-    das: float = 100.0
+    das: float = 300.0
 
 
-CHOSEN = {"graded": Settings(30.0, 0.7, 30.0, 0.1), "clip": Settings(300.0, 0.7, 300.0, 0.01)}
+CHOSEN = {"graded": Settings(30.0, 0.4, 30.0, 0.1), "clip": Settings(300.0, 0.4, 300.0, 0.01)}
 
 
 def contenders(kind: str, evaluations: float, steps: int, s: Settings, aware: Path) -> dict[str, Contender]:
@@ -80,6 +80,8 @@ def contenders(kind: str, evaluations: float, steps: int, s: Settings, aware: Pa
         "ttsnap": Contender(TTSnap(many, LEVELS, KEEP)),
         "ttsnap, noise-aware": Contender(TTSnap(many, LEVELS, KEEP, aware=str(aware))),
     }
+    if kind == "graded":
+        out["dts*, wide"] = Contender(replace(tree, select="uct", widen=2.0, power=0.8), True)  # hardly ever branches
     if kind == "clip":
         # N K evaluations and N (K - 1) gradients
         das = max(2, round(evaluations / (steps + 2 * (steps - 1))))
