@@ -31,6 +31,7 @@ from flowalign.methods.ipro import IPRO
 from flowalign.methods.nabla_db import NablaDB
 from flowalign.methods.r0 import R0
 from flowalign.methods.srpo import SRPO
+from flowalign.minibatch import minibatches
 from flowalign.noise import Noise
 from flowalign.objectives import Backprop
 from flowalign.objectives.backprop import Grown
@@ -457,6 +458,29 @@ def test_linear_adjoint_of_the_samples_own_spread() -> None:
     assert all(torch.equal(a, b) for a, b in zip(out[3:], by_hand[3:], strict=True))
     with pytest.raises(ValueError, match="must be positive"):
         linear_adjoint(Rectified(), collector.recipe.kernel, e.trajectory, terminal, 0.0)
+
+
+@pytest.mark.parametrize("truncate", [None, 3])
+def test_training_pairs_each_step_with_the_adjoint_after_it(truncate: int | None) -> None:
+    """In the minibatches of a run: the step from x_k carries a_{k+1} of its own sample, and -λ ∇r at the very end."""
+    collector, _, draw = bench(AdjointMatching(scale=2.0, truncate=truncate))
+    e = collect(collector, draw, 0)
+    tree, leaves = e.trajectory, e.trajectory.leaves
+    a = [-2.0 * reward_gradient(e.judge, leaves.x, leaves.row)]
+    for k in range(STEPS - 1, -1, -1):
+        x = tree.at(k).x.detach().requires_grad_()
+        t, s = tree.times[k : k + 2].tolist()
+        with collector.policy.playing("reference"):
+            p = collector.policy.posterior(x, t, e.cond[tree.at(k).row])
+        a = [torch.autograd.grad(collector.recipe.kernel(x, p, t, s)[0].mean, x, a[0])[0], *a]
+    levels = []
+    for part in minibatches(collector.recipe, collector, e, draw, replace(OPTIONS, batch=5), 0, 0):
+        for x, level, weight in zip(part.data.x, part.data.level.tolist(), part.data.weight, strict=True):
+            (mine,) = (tree.at(level).x == x).flatten(1).all(1).nonzero().flatten().tolist()
+            assert torch.allclose(weight, a[level + 1][mine], atol=1e-12)
+            levels.append(level)
+    assert set(levels) == set(range(STEPS)[-(truncate or STEPS) :])
+    assert len(levels) == 6 * len(set(levels)) and (a[STEPS] - a[STEPS - 1]).abs().max() > 1e-3
 
 
 def test_noiseless_end() -> None:
