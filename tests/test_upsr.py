@@ -130,10 +130,9 @@ def test_on_the_super_resolution_world() -> None:
     from flowalign.loading import load
     from flowalign.pipelines.worlds import superres
 
-    generator = load(superres.build(), {"height": 32, "width": 32, "max_sequence_length": 8})
+    generator = load(superres.build(), {"height": 32, "width": 32, "max_sequence_length": superres.TOKENS})
     pairs = superres.draw(torch.Generator().manual_seed(0), 2)
-    pictures = superres.enlarge(pairs.low)[:, None]
-    prompts = [Prompt(p, {"control_image": c}) for p, c in zip(pairs.prompts, pictures, strict=True)]
+    prompts = [Prompt(p, m) for p, m in zip(pairs.prompts, pairs.meta(), strict=True)]
     for method, evaluations in ((UPSR(psi=0.5), 2 + 4 * 2), (UPSR(psi=0.5, start=1.0, noise=0.7), 2 + 4 * 5)):
         found = steer(generator, method, Bright(), prompts, samples=2, steps=5)
         assert found.media.shape == (4, 3, 32, 32) and found.ledger.evaluations == evaluations

@@ -148,12 +148,13 @@ def enlarged(task: Task) -> Tensor:
     Raises:
         ValueError: where a prompt comes without its picture.
     """
-    pictures = [m.get("control_image", m.get("image")) for m in task.draw.meta]
+    # a stock pipeline may want its control_image in [-1, 1]: where both are given, image is the picture
+    pictures = [m.get("image", m.get("control_image")) for m in task.draw.meta]
     missing = [i for i, p in enumerate(pictures) if not isinstance(p, Tensor)]
     if missing:
         raise ValueError(
             f"super-resolution needs every prompt's enlarged picture, a (3, H, W) or (1, 3, H, W) tensor in [0, 1] "
-            f"under control_image or image of its meta; prompt {missing[0]} has none. Pass Prompt(text, meta={{...}})."
+            f"under image or control_image of its meta; prompt {missing[0]} has none. Pass Prompt(text, meta={{...}})."
         )
     # a pipeline may want them as batches of one
     media = torch.stack([p.reshape(p.shape[-3:]) for p in pictures if isinstance(p, Tensor)])

@@ -98,8 +98,8 @@ class EditBatch:
     after: Scene
 
     def meta(self) -> list[dict[str, Tensor]]:
-        """Return what the judge needs besides the words: the source pictures."""
-        return [{"image": image} for image in self.source]
+        """Return what the judge and the pipeline need besides the words: the source pictures."""
+        return [{"image": image, "control_image": as_control(image)[None]} for image in self.source]
 
 
 def apply(scene: Scene, edit: Tensor, generator: torch.Generator, amounts: tuple[Range, Range, Range]) -> Scene:

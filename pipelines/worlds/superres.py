@@ -49,9 +49,11 @@ class PairBatch:
     prompts: list[str]
 
     def meta(self) -> list[dict[str, Tensor]]:
-        """Return the condition and the reference of each sample."""
+        """Return of each sample the enlarged picture, the reference, and what the pipeline wants of the former."""
+        images = enlarge(self.low)
         return [
-            {"image": enlarge(low[None])[0], "reference": high} for low, high in zip(self.low, self.high, strict=True)
+            {"image": image, "reference": high, "control_image": as_control(image)[None]}
+            for image, high in zip(images, self.high, strict=True)
         ]
 
 

@@ -64,8 +64,7 @@ def main() -> None:
     call = {"height": 32, "width": 32, "max_sequence_length": superres.TOKENS}
     generator = load(str(args.folder), call)
     pairs = superres.draw(torch.Generator().manual_seed(7), args.pictures)
-    pictures = superres.enlarge(pairs.low)[:, None]
-    prompts = [Prompt(t, {"control_image": c}) for t, c in zip(pairs.prompts, pictures, strict=True)]
+    prompts = [Prompt(t, m) for t, m in zip(pairs.prompts, pairs.meta(), strict=True)]
     found: dict[str, dict[str, Tensor]] = {}
     for name, method in variants(args.psi, args.floor).items():
         made = steer(generator, method, ShapesJudge("graded"), prompts, steps=args.steps, seed=0, chunk=100)

@@ -4,11 +4,15 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from flowalign.loading import load
+from flowalign.methods.best_of_n import BestOfN
 from flowalign.pipelines.worlds import edit
 from flowalign.pipelines.worlds.canvas import BACKGROUND, COLOURS, SHAPES, Scene, coverage, render
 from flowalign.pipelines.worlds.parts import as_control, token_ids
 from flowalign.rewards import blobs
 from flowalign.rewards.shapes_edit import OPERATIONS, ShapesEdit, categories, parse
+from flowalign.source import Prompt
+from flowalign.steer import steer
 
 torch.set_num_threads(1)
 
@@ -224,3 +228,21 @@ def test_a_picture_means_the_same_as_tensor_and_as_file(drawn):
     theirs = pipe.prepare_image(file, *arguments)
     ours = pipe.prepare_image(as_control(drawn.source[:1]), *arguments)
     torch.testing.assert_close(ours, theirs, atol=1 / 127, rtol=0)
+
+
+def test_a_prompt_with_its_meta_reaches_the_network_as_in_training(drawn):
+    """Through flowalign's own door: ``load``, and rows of a prompt with the batch's meta."""
+    pipe = edit.build()
+    edit.set_scale(pipe, generator())
+    two = edit.EditBatch(
+        drawn.source[:2], drawn.target[:2], drawn.prompts[:2], drawn.edit[:2], drawn.before, drawn.after
+    )
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    steer(
+        load(pipe, {"height": 32, "width": 32, "max_sequence_length": 8}), BestOfN(n=1), ShapesEdit("graded"),
+        [Prompt(p, m) for p, m in zip(two.prompts, two.meta(), strict=True)], steps=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        control = edit.latents(pipe.vae, two.source)
+    torch.testing.assert_close(seen[-1]["hidden_states"][..., control.shape[2] :], control, atol=1e-4, rtol=0)

@@ -20,6 +20,7 @@ def test_pairs_are_seeded_captioned_and_consistent():
     meta = batch.meta()[3]
     assert torch.equal(meta["reference"], batch.high[3])
     assert torch.equal(meta["image"], blurred[3])
+    assert torch.equal(meta["control_image"], 2 * blurred[3:4] - 1)
 
 
 def test_given_captions_are_drawn_in_order():
