@@ -21,7 +21,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flowalign import kernels, laws, methods, objectives, pipelines, rewards
-    from flowalign.build import open_reward as reward
     from flowalign.config import RunConfig
     from flowalign.config import default as config
     from flowalign.evaluate import Exam, compare, examine
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from flowalign.loading import load
     from flowalign.methods import METHODS
     from flowalign.methods import resolve as method
+    from flowalign.opening import open_reward as reward
     from flowalign.policy import Policy
     from flowalign.prepare import Lora, prepare
     from flowalign.recipe import Recipe

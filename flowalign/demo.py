@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowalign.build import WORLDS
+from flowalign.facts import WORLDS
 from flowalign.folder import Folder
 from flowalign.precision import quicker
 

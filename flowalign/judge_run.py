@@ -147,6 +147,6 @@ def _judge_result(config: RunConfig, result: Path) -> Outcome:
 
 def _with_pipeline(config: RunConfig, result: Path) -> RunConfig:
     """Return the configuration with the saved pipeline in place of the base, and all else as it was for the base."""
-    from flowalign.build import resolve_world
+    from flowalign.facts import resolve_world
 
     return replace(resolve_world(config), pipeline=str(result))

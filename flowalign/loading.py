@@ -22,7 +22,7 @@ def load(pipe: Any, call: dict[str, Any] | None = None, *, guided: bool = True, 
         ValueError: for a pipeline that does not exist, with the nearest names.
     """
     if isinstance(pipe, str):
-        from flowalign.build import open_pipeline, pick_device
+        from flowalign.opening import open_pipeline, pick_device
 
         return open_pipeline(pipe, call or {}, [guided], pick_device(device))[0]
     from flowalign import pipelines

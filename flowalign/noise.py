@@ -7,6 +7,7 @@ same numbers without carrying generator state. ``level`` counts steps of a rollo
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["START", "Given", "Noise", "NoiseSource", "Stream", "mix"]
+__all__ = ["START", "Given", "Noise", "NoiseSource", "Stream", "mix", "text_key"]
 
 START = -1  # the level of the noise that a rollout starts from
 MASK = (1 << 64) - 1
@@ -28,6 +29,11 @@ def mix(*values: int) -> int:
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB & MASK
         h ^= h >> 31
     return h >> 1
+
+
+def text_key(text: str) -> int:
+    """Return a stable 63-bit integer for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 class NoiseSource(ABC):

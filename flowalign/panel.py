@@ -18,13 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from flowalign.build import WORLDS, open_pipeline, open_rewards, pick_device, resolve_world, run_context, world_prompts
 from flowalign.config import Scalar
 from flowalign.evaluate import Exam, Outcome, examine
+from flowalign.facts import WORLDS, resolve_world, world_prompts
 from flowalign.folder import Folder
 from flowalign.intervals import interval
 from flowalign.media_files import data_uri, picture
+from flowalign.opening import open_pipeline, open_rewards, pick_device
 from flowalign.policy import Policy
+from flowalign.precision import run_context
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Pipeline
 from flowalign.scorer import Scorer

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.build import open_rewards, pick_device, reward_weights, world_prompts
+from flowalign.facts import world_prompts
 from flowalign.intervals import interval
+from flowalign.opening import open_rewards, pick_device, reward_weights
 from flowalign.prompts import read_prompts
 from flowalign.protocols import Reward
 from flowalign.source import Prompt

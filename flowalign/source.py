@@ -6,7 +6,6 @@ each a row of the condition. The key of a row names its noise for good.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowalign.noise import mix
+from flowalign.noise import mix, text_key
 from flowalign.state import Stateful
 
 __all__ = ["Draw", "Prompt", "Prompts", "Source", "text_key"]
-
-
-def text_key(text: str) -> int:
-    """Return a stable 63-bit integer for a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,19 @@ class Judgements:
 
 
 def picture(path: Path) -> Tensor:
-    """Return ``(3, H, W)`` in [0, 1]; transparency is laid on white, orientation tags are obeyed."""
+    """Return ``(3, H, W)`` in [0, 1]; transparency is laid on white, orientation tags are obeyed.
+
+    Raises:
+        ValueError: for a file that is no picture, or half of one.
+    """
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
 
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGBA")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
     ground = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(ground, image).convert("RGB")).float() / 255
 

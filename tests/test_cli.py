@@ -10,6 +10,7 @@ import pytest
 
 from flowalign.arguments import train_config
 from flowalign.cli import main
+from flowalign.facts import WORLDS, judged_by
 from flowalign.folder import Folder
 
 PROMPTS = '{"prompt": "a", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n'
@@ -145,6 +146,13 @@ def test_a_misspelt_world_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no pipeline is called 'shpes'. Nearest demo worlds: shapes" in text
 
 
+def test_a_world_s_judge_is_asked_once() -> None:
+    """The world's judge comes first, and what is asked for beside it is not judged twice."""
+    facts = WORLDS["shapes"]
+    assert judged_by(facts, None) == "shapes" and judged_by(None, "a:2, b") == "a:2, b" and judged_by(None, None) == ""
+    assert judged_by(facts, "shapes, shapes?aspect=graded") == "shapes, shapes?aspect=graded"
+
+
 def test_empty_prompts(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompt files are checked with their line."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt"}\n')
@@ -202,6 +210,11 @@ def test_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [round(x["score"], 3) for x in lines] == [round(200 / 255, 3), round(50 / 255, 3)]
     assert "has no prompt" in fails(capsys, "score", "tests.toy:Bright", str(tmp_path))
     assert "there is no file" in fails(capsys, "score", "tests.toy:Bright", "x.png", "--prompt", "a")
+    whole = (tmp_path / "dim.png").read_bytes()
+    for broken in (b"no picture", whole[: len(whole) // 2]):
+        (tmp_path / "broken.png").write_bytes(broken)
+        text = fails(capsys, "score", "tests.toy:Bright", str(tmp_path), "--prompt", "a")
+        assert "broken.png cannot be read as a picture" in text
 
 
 def test_evaluate_base(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,10 +23,7 @@ CORE = (
 )  # fmt: skip
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")
-JOINTS = {
-    "__init__", "__main__", "build", "judge_run", "layouts", "listing", "loading", "methods", "panel", "report", "run",
-    "score", "serve", "steer",
-}  # fmt: skip
+JOINTS = {"facts", "judge_run", "layouts", "listing", "loading", "methods", "opening", "panel", "score"}
 
 
 def module_of(path: Path) -> str:

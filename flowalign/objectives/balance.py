@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from flowalign.batches import Paths
 from flowalign.kernels import Kernel
+from flowalign.noise import text_key
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
 from flowalign.protocols import Condition
-from flowalign.source import text_key
 from flowalign.trajectory import Transitions
 
 __all__ = ["LogZ", "TrajectoryBalance"]
