@@ -106,7 +106,7 @@ def run(options: PanelOptions) -> dict[str, Any]:
 def _judge(
     name: str, generator: Pipeline, scorer: Scorer, exam: Exam, o: PanelOptions, device: torch.device
 ) -> Outcome:
-    from flowalign.run import Bars
+    from flowalign.progress import Bars
 
     policy = Policy(generator, context=run_context(o.precision, device))
     with Bars(True).bar(len(exam.rows()), name) as tick:

@@ -9,10 +9,7 @@ NaN. After a crash or Ctrl-C the same call with ``resume=True`` goes on from the
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +20,7 @@ from torch import nn
 from flowalign import checkpoint
 from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
-from flowalign.config import RunConfig, flatten, to_dict
+from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Outcome, examine
 from flowalign.fit import check_gradients, check_settings, fit
 from flowalign.folder import Folder
@@ -32,6 +29,7 @@ from flowalign.methods.base import Training
 from flowalign.monitor import Checker
 from flowalign.policy import Policy, Weights
 from flowalign.prepare import prepare
+from flowalign.progress import Bars, patience, trackers
 from flowalign.recipe import Recipe
 from flowalign.result import save_result
 from flowalign.summary import summarise
@@ -39,7 +37,7 @@ from flowalign.summary import summarise
 if TYPE_CHECKING:
     from flowalign.memory_plan import MemoryPlan
 
-__all__ = ["Run", "train"]
+__all__ = ["Bars", "Run", "patience", "train"]
 
 CHECKPOINTS = "checkpoints"
 RECORDS = ("metrics.jsonl", "checks.jsonl")
@@ -276,66 +274,3 @@ def _catch_up(run: Run, place: Path, checker: Checker) -> int:
         run.policy.ledger.load_state_dict(state["ledger"])
         checker(at)
     return at
-
-
-@contextmanager
-def trackers(run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Yield what sends metrics to the chosen trackers."""
-    config = run.job.config
-    if not config.trackers:
-        yield lambda metrics: None
-        return
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        cpu=config.device == "cpu", log_with=list(config.trackers), project_dir=str(run.folder.path / "trackers")
-    )
-    plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flatten(to_dict(config)).items()}
-    accelerator.init_trackers("flowalign", config=plain)
-    try:
-        yield lambda m: accelerator.log(m, step=int(m["iteration"]))
-    finally:
-        accelerator.end_training()
-
-
-@contextmanager
-def patience() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a wish to stop after this iteration; the second one stops at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: a notebook's or a test's own handler stays
-        yield lambda: asked
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Bars:
-    """Progress bars, or none."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-
-    @contextmanager
-    def bar(self, total: int, what: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yield a function that advances the bar."""
-        from tqdm.auto import tqdm
-
-        with tqdm(total=total, initial=done, desc=what, disable=not self.shown, dynamic_ncols=True) as line:
-
-            def tick(n: int, also: dict[str, float] | None = None) -> None:
-                if also:
-                    line.set_postfix({k: f"{v:.3f}" for k, v in also.items()}, refresh=False)
-                line.update(n)
-
-            yield tick

@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import checkpoint
+from flowalign.build import build
 from flowalign.config import RunConfig, default
+from flowalign.evaluate import examine
 from flowalign.folder import Folder
+from flowalign.policy import Policy
 from flowalign.run import Bars, patience, train
 
 PROMPTS = """{"prompt": "a", "category": "light"}
@@ -74,6 +77,13 @@ def test_a_run_leaves_everything(config: RunConfig) -> None:
     averaged = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"))["roles"]["ema"]["copies"]
     names, saved = ("0.weight", "0.bias", "2.weight", "2.bias"), weights(folder.path)
     assert all(torch.equal(a, saved[n]) for n, a in zip(names, averaged, strict=True))
+    job = build(config)
+    job.judged.denoiser.load_state_dict(saved)
+    again = examine(job.judged, Policy(job.judged), job.judge, job.exam)
+    kept = folder.recall("after.pt")
+    assert torch.equal(again.x0, kept["x0"]) and torch.equal(again.judged, kept["scores"]["tests.runworld:Strict"])
+    latest = checkpoint.load(checkpoint.latest(folder.path / "checkpoints"))["weights"]
+    assert not any(torch.equal(a, w) for a, w in zip(averaged, latest, strict=True))
 
 
 def test_a_folder_with_a_run_is_safe(config: RunConfig) -> None:
