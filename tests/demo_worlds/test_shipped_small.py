@@ -1,0 +1,72 @@
+"""The shipped conditional worlds: run by plain diffusers in a process without flowalign, and good, as their cards say.
+
+Every bound lies well under the card's figure, so that few samples will do.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from flowalign.pipelines.worlds import path, scenes, superres
+from flowalign.pipelines.worlds.splits import prompts
+from flowalign.rewards.shapes import verdicts
+
+torch.set_num_threads(1)
+
+PLAIN = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+call = json.loads(sys.argv[2])
+for k, shape in call.pop("tensors", {}).items():
+    call[k] = torch.zeros(shape)
+media = pipe(num_inference_steps=1, output_type="pt", **call)[0]
+assert list(media.shape) == json.loads(sys.argv[3]), media.shape
+assert all(p.dtype == torch.float32 for m in pipe.components.values() if isinstance(m, torch.nn.Module)
+           for p in m.parameters())
+assert not any(m.split(".")[0] == "flowalign" for m in sys.modules)
+"""
+CALLS = {
+    "shapes-sr": (
+        {
+            "prompt": "a red circle left of a green square", "height": 32, "width": 32, "max_sequence_length": 10,
+            "tensors": {"control_image": [1, 3, 32, 32]},
+        },
+        [1, 3, 32, 32],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_diffusers_loads_and_runs_it(name, tmp_path):
+    call, shape = CALLS[name]
+    done = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", PLAIN, str(path(name)), json.dumps(call), json.dumps(shape)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def load(name):
+    pipe = DiffusionPipeline.from_pretrained(path(name))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def decibels(images, truth):
+    return -10 * (images.clamp(0, 1) - truth).square().mean((1, 2, 3)).log10()
+
+
+def test_super_resolution_draws_the_shapes_that_the_words_name():
+    text = prompts("report", "count")[:24] + prompts("report", "relation")[:24]
+    batch = superres.draw(torch.Generator().manual_seed(5), len(text), tuple(map(scenes.parse, text)))
+    images = superres.sample(load("shapes-sr"), batch)
+    strict, blurred = (verdicts(x, batch.prompts)["strict"] for x in (images, superres.enlarge(batch.low)))
+    assert strict[:24].mean() >= 0.8
+    assert strict[24:].mean() >= 0.35
+    assert blurred.mean() <= 0.2
+    assert (decibels(images, batch.high) - decibels(superres.enlarge(batch.low), batch.high)).mean() >= 5
