@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "gaussian": ["gaussian"], "process": ["process"], "laws": ["laws", "kernels"], "kernels": ["kernels"],
     "selection/base": ["selection"], "selection/branch": ["selection"], "selection/resample": ["selection"],
-    "selection/top": ["selection"], "trajectory": ["trajectory"], "credit": ["credit"],
+    "selection/top": ["selection"], "nodes": ["trajectory"], "trajectory": ["trajectory"], "credit": ["credit"],
 }  # fmt: skip
 BINARY = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
