@@ -12,6 +12,9 @@ What decided the demo's recipes (21 November 2026, one seed each, 200 images per
     diffusion-nft kl=1, focus count     20 iterations  count +13.0+-3.2 (99 %)  mixed  +9.5+-3.7 (99 %)
                                         39 iterations  count +11.0+-3.2 (100 %) mixed  +7.5+-3.6 (95 %)
     diffusion-nft kl=1, focus mixed     18 iterations  count +11.0+-3.3 (98 %)  mixed  +7.5+-3.5 (100 %)
+    diffusion-nft kl=.3, 400 images     15 iterations  count  +7.5+-2.4 (92 %)  relation -2.0+-1.7
+                                        30 iterations  count +17.2+-2.7 (97 %)  relation +2.7+-1.6
+                                        45 iterations  count +25.5+-2.4 (93 %)  relation +0.7+-1.6
     flow-grpo lr=2e-4, window 0-3       34 iterations  count  +4.5+-1.9 (100 %) mixed  +2.5+-1.7 (100 %)
     flow-grpo lr=4e-4, window 0-5       23 iterations  count  +8.0+-2.3 (95 %)  mixed  +1.5+-2.5 (98 %)
     the same again, 24 iterations       24 iterations  count  -5.0+-2.3 (97 %)  mixed  -1.0+-2.1 (99 %)
