@@ -98,6 +98,6 @@ class FlowGRPO(Training):
                            weight_decay=0.0, warmup=5),
                 None,
                 guidance=False,
-                note="shapes: all weights, noise on the first three of ten steps; a penalty of .1 held it where it began.",
+                note="shapes: all weights, noise on the first three steps; a penalty of .1 held it where it began.",
             ),
         }  # fmt: skip
