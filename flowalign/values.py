@@ -62,6 +62,8 @@ class Draws(Value):
     def __call__(self, x: Tensor, posterior: Posterior, t: Time, row: Tensor) -> Tensor:
         """Return the soft mean of the rewards of the draws."""
         std = self.spread(t).to(posterior.x0).reshape(-1, *[1] * (x.ndim - 1))
+        if not bool((std > 0).any()):  # data: all draws are the state
+            return self.score(posterior.x0, row)
         r = torch.stack([self.score(posterior.x0 + std * z.to(posterior.x0), row) for z in self.noise])
         return (torch.logsumexp(self.scale * r, 0) - math.log(len(r))) / self.scale
 

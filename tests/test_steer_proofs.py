@@ -12,12 +12,17 @@ import torch
 from flowalign.genealogy import evidence_error, evidence_variance, family
 from flowalign.methods.dts import DTS
 from flowalign.methods.fk_steering import FKSteering
+from flowalign.methods.flow_nrg import FlowNRG
+from flowalign.methods.particles import noisy_kernel, rows_of
+from flowalign.methods.promises import promise, spread_of
 from flowalign.methods.tree import Tree
 from flowalign.methods.tree_node import soft_mean
 from flowalign.potentials import Difference, Immediate
 from flowalign.selection import SCHEMES, Resample
+from flowalign.values import Draws
+from tests import searching
 from tests.test_steering import KERNEL, TIMES, WORLD, exact_log_z, exact_mean, task
-from tests.worlds import F64, TwoPrompts, chain, output
+from tests.worlds import F64, Normal, TwoPrompts, chain, output
 
 
 @pytest.mark.parametrize("n", [2, 4, 16])
@@ -28,6 +33,51 @@ def test_the_difference_potential_leaves_the_evidence_unbiased(scheme: str, n: i
     for seed, threshold in enumerate((0.0, 0.5, 2.0)):
         tree = world.run(seed, potential=Difference(1.5), select=Resample(scheme, threshold))
         world.check(tree.log_evidence(), 1.5)
+
+
+def test_draws_around_the_mean_are_those_of_the_posterior() -> None:
+    """Of a Gaussian whose deviation is told, std² of x0 given x_t; the soft mean knows their number and λ."""
+    world = Normal(0.0, 0.6)
+    for t in (0.2, 0.5, 0.9):
+        assert torch.allclose(spread_of(world.process, 0.6)(t), torch.as_tensor(world.spread(t)))
+    rows = rows_of(task(1), per_sample=False)
+    value = promise(rows, 2.0, draws=5, data=0.6)
+    assert isinstance(value, Draws) and value.noise.shape == (5, 1) and value.scale == 2.0
+    assert len(set(value.noise.flatten().tolist())) == 5
+
+
+def test_learned_values_leave_the_evidence_unbiased(tmp_path: Path) -> None:
+    """Particles judged by what flow-nrg taught a network: E[Ẑ] = Z of the sampler, steadier than without a look on the
+    way, and the judge is asked about finished samples alone."""
+    file, lam, n = tmp_path / "values.pt", 1.0, 250
+
+    def bright(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x.flatten(1).sum(1)
+
+    teacher = searching.task(bright, 1, 1, steps=8)
+    next(FlowNRG(collect=256, train=200, width=16, save=str(file)).search(teacher))
+    world, spread = Normal(0.5, 0.8), {}
+    for name, method in {
+        "learned": FKSteering(4, scale=lam, learned=str(file)),
+        "blind": FKSteering(4, scale=lam, threshold=0.0),  # never resampled: weighted samples of the base
+    }.items():
+        t = searching.task(bright, n, 1, steps=8)
+        t = replace(t, draw=replace(t.draw, prompts=["p0"] * n))  # every system is of the prompt that was learnt
+        found = next(method.search(t))
+        mean, var = output(world, chain(world, noisy_kernel(world.process, 0.7), t.times), 1.0)
+        exact = 12 * (lam * 0.5 * float(mean) + 0.5 * (lam * 0.5) ** 2 * float(var))
+        ratio = (found.log_z - exact).exp()
+        assert abs(ratio.mean() - 1) < 4 * ratio.std() / n**0.5
+        spread[name] = float(ratio.std())
+        assert t.policy.ledger.rewards == 4 * n * (1 if name == "learned" else 9)
+    assert spread["learned"] < 0.8 * spread["blind"], spread
+    with pytest.raises(ValueError, match="values of r, none of other"):
+        promise(rows_of(searching.task({"other": searching.linear}), per_sample=False), 1.0, learned=str(file))
+    (tmp_path / "wrong").write_bytes(b"not values")
+    with pytest.raises(ValueError, match="holds no values"):
+        next(FKSteering(learned=str(tmp_path / "wrong")).search(searching.task(searching.linear)))
+    with pytest.raises(ValueError, match="choose one of lookahead"):
+        FKSteering(learned=str(file), draws=2)
 
 
 def test_the_error_of_log_z_is_read_off_the_genealogy() -> None:

@@ -83,6 +83,7 @@ FK = [
     FKSteering(4, "immediate", 0.3),
     FKSteering(4, "sum", 0.15),
     FKSteering(4, "difference", 1.3, lookahead=3),
+    FKSteering(4, "difference", 1.3, draws=3, data=0.8),
     FKSteering(4, "difference", 1.3, twist=1.0),
     FKSteering(4, scale=1.3, twist=1.0, temper="geometric"),
 ]

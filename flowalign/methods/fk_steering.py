@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from flowalign.guidance import Twist
 from flowalign.methods.base import Candidates, Preset, Steering, Task
 from flowalign.methods.particles import finish, noisy_kernel, roll, rows_of
+from flowalign.methods.promises import promise
 from flowalign.options import FitOptions
 from flowalign.potentials import Difference, Immediate, Maximum, Potential, Sum, Tempered
 from flowalign.potentials.tempered import geometric
 from flowalign.selection import Resample
-from flowalign.values import Completion, Score, Tweedie, Value
 
 __all__ = ["FKSteering"]
 
@@ -47,6 +47,9 @@ class FKSteering(Steering):
         every: levels between potentials (and resamplings).
         noise: of the sampler: a of the flow's SDE, η of DDIM.
         lookahead: reward of the posterior mean (1), or after so many ODE steps.
+        draws: more than 1: the soft mean of the rewards of so many draws around the posterior mean, in its place.
+        data: deviation of clean states, which says how far those draws lie apart.
+        learned: file of a value of noisy states that flow-nrg trained and saved, in its place; "" for none.
         twist: strength of the gradient proposal, 1 for TDS; 0 for none. Needs a differentiable reward.
         temper: none, geometric (DAS), or adaptive on the ESS.
         gamma: of the geometric schedule.
@@ -68,6 +71,9 @@ class FKSteering(Steering):
     every: int = 1
     noise: float = 0.7
     lookahead: int = 1
+    draws: int = 1
+    data: float = 1.0
+    learned: str = ""
     twist: float = 0.0
     temper: Literal["none", "geometric", "adaptive"] = "none"
     gamma: float = 0.008
@@ -76,6 +82,10 @@ class FKSteering(Steering):
         if self.particles < 2 or self.lookahead < 1 or self.every < 1:
             got = f"{self.particles}, {self.lookahead}, {self.every}"
             raise ValueError(f"need particles >= 2, lookahead >= 1 and every >= 1; got {got}.")
+        if self.draws < 1 or self.data <= 0:
+            raise ValueError(f"need draws >= 1 and data > 0; got {self.draws} and {self.data}.")
+        if (self.lookahead > 1) + (self.draws > 1) + bool(self.learned) > 1:
+            raise ValueError("particles are judged in one way: choose one of lookahead > 1, draws > 1 and learned.")
 
     def search(self, task: Task) -> Iterator[Candidates]:
         """Yield the weighted particles of all prompts, each prompt its own system in one batch.
@@ -92,13 +102,13 @@ class FKSteering(Steering):
         tree = roll(
             rows, noisy_kernel(task.policy.process, self.noise),
             rows.enter(self.particles * int(task.draw.samples.max())),
-            value=self._value(task, rows.score, rows.cond), potential=self._potential(),
+            value=promise(
+                rows, self.scale, steps=self.lookahead, draws=self.draws, data=self.data, learned=self.learned
+            ),
+            potential=self._potential(),
             select=Resample(self.scheme, self.threshold, self.every), guide=self._guide(task),
         )  # fmt: skip
         yield replace(finish(rows, tree), log_z=tree.log_evidence())
-
-    def _value(self, task: Task, score: Score, cond: Any) -> Value:
-        return Tweedie(score) if self.lookahead == 1 else Completion(task.policy, score, cond, self.lookahead)
 
     def _potential(self) -> Potential:
         levels = None if self.every == 1 else (lambda k: k % self.every == 0)

@@ -16,7 +16,8 @@ Several objectives are weighted as the rewards are: ``--reward a:2,b:0.5``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -34,7 +35,7 @@ from flowalign.process import Posterior, Time
 from flowalign.rollout import rollout
 from flowalign.valuenet import LatentValue, word_ids
 
-__all__ = ["FlowNRG", "Objective", "pushed", "teach"]
+__all__ = ["FlowNRG", "Objective", "pushed", "read_values", "teach"]
 
 FieldOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t (B,), row) -> (B,)
 STATE = "values.pt"
@@ -130,6 +131,7 @@ class FlowNRG(Steering):
         width: of each.
         noise: of the sampler: 0 for the ODE, or a of the flow's SDE, η of DDIM.
         first: no guidance before this time of the noise: at pure noise every value is flat.
+        save: where to write the values, for fk-steering's ``learned``; "" for nowhere.
     """
 
     name: ClassVar[str] = "flow-nrg"
@@ -147,6 +149,7 @@ class FlowNRG(Steering):
     width: int = 64
     noise: float = 0.0
     first: float = 0.98
+    save: str = ""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.collect < 2 or self.train < 1:
@@ -189,6 +192,7 @@ class FlowNRG(Steering):
                 saved[name] = {"network": network.state_dict(), "scale": [mean, std]}
             out.append(Objective(_predict(network.eval(), mean, std, words), weight))
         _save(path, saved)
+        _save(Path(self.save) if self.save else None, saved)
         return out
 
     def _data(self, task: Task) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -221,6 +225,36 @@ def _predict(network: nn.Module, mean: float, std: float, words: Tensor) -> Fiel
         return mean + std * network(x, t.to(x.device), words[row].to(x.device)).to(x)
 
     return predict
+
+
+def read_values(
+    path: Path, weights: Mapping[str, float], shape: Sequence[int], prompts: Sequence[str]
+) -> list[Objective]:
+    """Return the trained values of rewards from a file that this method wrote, with the rewards' weights.
+
+    Args:
+        path: of the file.
+        weights: of the rewards by name; those of weight 0 need no value.
+        shape: of a state.
+        prompts: by row.
+
+    Raises:
+        ValueError: for a file that is none, or that lacks a reward.
+    """
+    try:
+        saved = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} holds no values written by flow-nrg (its option save): {error}") from error
+    missing = [k for k, w in weights.items() if w and k not in saved]
+    if missing:
+        raise ValueError(f"{path} holds values of {', '.join(saved)}, none of {missing[0]}: train that one first.")
+    words, out = word_ids(prompts), []
+    for name in (k for k, w in weights.items() if w):
+        network = LatentValue(shape, len(saved[name]["network"]["stem.bias"]))
+        network.load_state_dict(saved[name]["network"])
+        mean, std = saved[name]["scale"]
+        out.append(Objective(_predict(network.eval(), mean, std, words), weights[name]))
+    return out
 
 
 def _save(path: Path | None, values: Mapping[str, object]) -> None:
