@@ -255,7 +255,7 @@ def judged(out: Path | None, exam: Any, parameters: Any, look: Callable[[], Any]
 
     if out is None:
         return look()
-    path = out / "base" / f"{digest(parameters)}-{exam.mark['prompts']:x}-{exam.images}-{exam.steps}.pt"
+    path = out / "runs" / f"base-{digest(parameters)}-{exam.mark['prompts']:x}-{exam.images}-{exam.steps}.pt"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
