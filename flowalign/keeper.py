@@ -70,11 +70,11 @@ class Keeper:
             return ""
         if steps == self.trainer.steps:
             path = self._saved(around)
-            return "" if path is None else f"They are in {path}, and a resumed run goes on from there."
+            return "" if path is None else f"The last good weights are in {path}, and a resumed run goes on from there."
         kept = checkpoint.write(self.folder / checkpoint.LAST_GOOD, self._state({}))
         path = checkpoint.latest(self.folder)
         start = "begins anew" if path is None else f"goes on from {path}, the last whole iteration that was saved"
-        return f"They are in {kept}; a resumed run {start}."
+        return f"The last good weights are in {kept}; a resumed run {start}."
 
     def _saved(self, around: Mapping[str, Any]) -> Path | None:
         """Save what there is under this iteration's name unless it is there; return the newest checkpoint."""

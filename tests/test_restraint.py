@@ -258,7 +258,7 @@ def test_a_reward_whose_gradient_is_not_finite_stops_the_run(tmp_path: Path) -> 
     words = str(caught.value)
     assert "optimiser step 4 (iteration 3) was not taken" in words and "last good ones" in words
     assert "term 'reward'" in words and "already at the finished sample: the decoder or the reward" in words
-    assert f"They are in {checkpoint.latest(tmp_path)}, and a resumed run goes on from there" in words
+    assert f"The last good weights are in {checkpoint.latest(tmp_path)}, and a resumed run goes on from there" in words
     saved = checkpoint.load(checkpoint.latest(tmp_path))
     assert saved["iteration"] == 3
     for p, q, w in zip(toy.denoiser.parameters(), good.denoiser.parameters(), saved["weights"], strict=True):
