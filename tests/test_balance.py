@@ -305,6 +305,29 @@ def test_the_longest_window_is_trajectory_balance(log_z: str) -> None:
     assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(ga, gb, strict=True))
 
 
+def test_vargrad_takes_each_prompts_own_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts whose imbalances differ by a constant: none of it counts, and no prompt hears of the other's."""
+    r = torch.tensor([1.0, 3.0, 10.0, 20.0], dtype=F64)
+    row = torch.tensor([0, 0, 1, 1])
+    batch = Paths(None, row, r, row, 1)
+    monkeypatch.setattr(TrajectoryBalance, "residual", lambda self, policy, batch, cond=None: r)
+    loss = TrajectoryBalance(KERNELS[0])(None, batch).terms["balance"]
+    assert loss == (1 + 1 + 25 + 25) / 4
+    windows = torch.stack([r, torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=F64)])
+    monkeypatch.setattr(LocalBalance, "residual", lambda self, policy, batch, cond=None: windows)
+    assert LocalBalance(KERNELS[0])(None, batch).terms["balance"] == (1 + 1 + 25 + 25 + 4) / 8
+
+
+def test_nabla_stays_near_the_last_iteration_and_not_the_base() -> None:
+    """At the weights of the last iteration nothing is paid, however far the base is; away from them it is."""
+    policy, parameters, e = moved(KERNELS[0])
+    loss = GradientBalance(KERNELS[0], reverse=0.0, stay=1.0)
+    batch = e.trajectory.transitions(LookAheadGradient(1.0)(e))
+    assert loss(policy, batch, e.cond).terms["stay"] > 1e-4
+    policy.roles["old"] = Weights(parameters)
+    assert loss(policy, batch, e.cond).terms["stay"] == 0
+
+
 @pytest.mark.parametrize("span", [1, 4])
 def test_forward_looking_gradient_is_the_finite_difference(span: int) -> None:
     """By the policy, the flow and log Z; a minibatch of lineages in any order is part of the whole."""

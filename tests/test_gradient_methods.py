@@ -13,7 +13,7 @@ from flowalign import checkpoint
 from flowalign.collect import Collector, grow
 from flowalign.fit import fit
 from flowalign.kernels import EulerMaruyama
-from flowalign.laws import Memoryless
+from flowalign.laws import FlowGrpo, Memoryless
 from flowalign.methods.adjoint_matching import AdjointMatching, late_and_random
 from flowalign.methods.draft import DRaFT, Jump, depth_law
 from flowalign.methods.forward_looking import ForwardLooking
@@ -209,6 +209,15 @@ def test_late_and_random_steps() -> None:
     kept = late_and_random(3, 2, 8)(tree.transitions(), e)
     levels = sorted(set(kept.level.tolist()))
     assert levels[-3:] == [5, 6, 7] and len(levels) == 5 and len(kept) == 15
+    draws = [late_and_random(3, 2, 8)(tree.transitions(), replace(e, iteration=i)).level.tolist() for i in range(20)]
+    assert {k for d in draws for k in d} == set(range(8)) and len({tuple(d) for d in draws}) > 5
+
+
+def test_balance_samples_with_the_noise_that_is_asked_for() -> None:
+    times = torch.linspace(1, 0, 7)
+    for method in (RTB, ForwardLooking):
+        free, other = (method(memoryless=m, noise=0.4).recipe(times).kernel.law for m in (True, False))
+        assert isinstance(free, Memoryless) and other == FlowGrpo(0.4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 50.0])

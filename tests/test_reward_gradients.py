@@ -363,6 +363,39 @@ def test_doubt_by_hand() -> None:
         Doubted()(None, Grown(None, {}, r.detach()))
 
 
+def test_noisings_share_the_time_and_differ_in_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ctrl-U compares: the same sample at the same time up to the latest, with two noises."""
+    collector, _, draw = bench(CtrlU(count=2, latest=0.3))
+    asked, whole = [], collector.policy.posterior
+    monkeypatch.setattr(
+        collector.policy, "posterior", lambda x, t, *a, **k: asked.append((x, t)) or whole(x, t, *a, **k)
+    )
+    grow(collector, draw, 0, Tape(0))
+    clean = collector.sample(draw, collector.bind(draw), 0).leaves.x
+    x, t = asked[STEPS]
+    assert torch.equal(t[:6], t[6:]) and t.min() >= 0.02 and 0.2 < t.max() <= 0.3
+    at = t.reshape(-1, 1, 1, 1)
+    noise = (x - (1 - at) * clean.repeat(2, 1, 1, 1)) / at
+    assert abs(noise.mean()) < 0.5 and 0.7 < noise.std() < 1.3 and (noise[:6] - noise[6:]).abs().mean() > 0.5
+
+
+HELD = [
+    DRaFT(ceiling=0.3), SRPO(**WORDS, ceiling=0.3), InstructVideo(ceiling=0.3), IPRO(kl=0.0, ceiling=0.3),
+    R0(ceiling=0.3), CtrlU(ceiling=0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", HELD, ids=lambda m: m.name)
+def test_a_ceiling_reaches_the_loss(method) -> None:
+    """Below it the reward is climbed, above it nothing is."""
+    objective = method.recipe(torch.linspace(1, 0, STEPS + 1)).objective
+    for value, slope in ((0.2, True), (0.4, False)):
+        r = torch.full((2,), value, dtype=F64, requires_grad=True)
+        loss = Doubted.forward if isinstance(objective, Doubted) else Backprop.forward
+        (g,) = torch.autograd.grad(loss(objective, None, Grown(None, {}, r)).terms["reward"], r)
+        assert (g < 0).all() if slope else (g == 0).all()
+
+
 class FewSteps(Exact):
     """Two steps of an affine network in float64: what R0's optimum on a Gaussian can be reached with."""
 

@@ -95,7 +95,7 @@ def row(label: str, runs: list[Run], curves: list[list[Run]], gain: float) -> st
         f"{spread([p['shapes-clip']['gain'][0] for p in last])} | {spread([p['shapes']['gain'][0] for p in last])} | "
         f"{f'{statistics.mean(kept):.0%}' if kept else '-'} | {statistics.mean(p['drift'] for p in last):.4f} | "
         f"{statistics.mean(p['samples'] for p in last):.0f} | {statistics.mean(p['seconds'] for p in last):.0f} | "
-        f"{samples} | {statistics.mean(r['peak_bytes'] for r in runs) / 1e6:.0f} |"
+        f"{samples} | {peak(runs):.0f} |"
     )
 
 
