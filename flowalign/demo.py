@@ -271,8 +271,8 @@ def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[st
     notes = ["", "", "Without its penalty: look at the layouts and at the other categories.", "Must not gain."]
     words = (
         "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "without the penalty that holds it to the base. Compare the last columns: in trials a longer run of the third "
-        "kind ended with one layout per prompt, and even a short one pays with what it was not asked for."
+        "without the penalty that holds it to the base. Compare the last columns: without it a run pays with what it "
+        "was not asked for, and in trials on a simpler world it ended with one layout per prompt."
     )
     return write_report(
         folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],
