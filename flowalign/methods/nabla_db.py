@@ -86,12 +86,12 @@ class NablaDB(Training):
                 note="SD 1.5, aesthetic score, guidance 5. Not run here.",
             ),
             "demo": Preset(
-                cls(),
+                cls(scale=100.0, fraction=0.5),
                 FitOptions(
-                    iterations=200, groups=8, size=8, steps=10, batch=128, lr=2e-4, lr_objective=3e-4, weight_decay=0.0
+                    iterations=200, groups=16, size=1, steps=10, batch=80, lr=2e-4, lr_objective=3e-4, weight_decay=0.0
                 ),
                 None,
                 guidance=False,
-                note="shapes with shapes-clip.",
+                note="shapes with shapes-clip. Two or three iterations moved nothing (docs/gradients.md).",
             ),
         }

@@ -65,10 +65,10 @@ class RTB(Training):
                 note="SD 1.5, DDIM 50 steps, 8 of 50 steps with gradient. Not run here.",
             ),
             "demo": Preset(
-                cls(scale=5.0),
-                FitOptions(iterations=200, groups=8, size=16, steps=10, batch=16, lr=1e-4, weight_decay=0.0),
+                cls(scale=100.0),
+                FitOptions(iterations=200, groups=4, size=8, steps=10, batch=8, lr=2e-4, weight_decay=0.0),
                 None,
                 guidance=False,
-                note="shapes.",
+                note="shapes with shapes-clip. Three iterations moved nothing, 5e-4 did harm (docs/gradients.md).",
             ),
         }

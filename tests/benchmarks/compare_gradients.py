@@ -50,12 +50,12 @@ def methods() -> dict[str, dict[str, Any]]:
     steps = {"groups": 16, "size": 1, "batch": 80}
     groups = {"groups": 4, "size": 8}
     table: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[float, ...]]] = {
-        "draft-1": ({"name": "draft", "depth": 1}, grown, TAPED),
-        "draft-3": ({"name": "draft", "depth": 3}, grown, TAPED),
-        "draft-full": ({"name": "draft", "mode": "full"}, grown, TAPED),
-        "draft-lv": ({"name": "draft", "depth": 1, "repeats": 2}, grown, TAPED),
+        "draft-1": ({"name": "draft", "mode": "last", "depth": 1}, grown, TAPED),
+        "draft-3": ({"name": "draft", "mode": "last", "depth": 3}, grown, TAPED),
+        "draft-full": ({"name": "draft", "mode": "full", "depth": 3}, grown, TAPED),
+        "draft-lv": ({"name": "draft", "mode": "last", "depth": 1, "repeats": 2}, grown, TAPED),
         "refl": ({"name": "draft", "mode": "refl", "depth": 3}, grown, TAPED),
-        "alignprop": ({"name": "draft", "mode": "random", "eta": 1.0}, grown, TAPED),
+        "alignprop": ({"name": "draft", "mode": "random", "depth": 3, "eta": 1.0}, grown, TAPED),
         "adjoint-matching": ({"name": "adjoint-matching", "scale": SCALE, "late": 3, "early": 2}, steps, STEPWISE),
         "rtb": ({"name": "rtb", "scale": SCALE}, groups | {"batch": 8}, STEPWISE),
         "nabla-db": ({"name": "nabla-db", "scale": SCALE, "fraction": 0.5}, steps, STEPWISE),
