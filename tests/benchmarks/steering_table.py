@@ -23,11 +23,18 @@ def file_of(folder: Path, kind: str, unit: str, name: str, seed: int | str) -> P
     return folder / f"{kind}-{unit}-{re.sub('[^a-z]+', '', name.lower().replace('*', 'star'))}-{seed}.json"
 
 
-def mean_seconds(folder: Path, kind: str, name: str) -> float:
-    """Return what a method took on average at equal evaluations."""
-    files = folder.glob(file_of(folder, kind, "nfe", name, "[0-9]*").name)
+def mean_seconds(folder: Path, kind: str, name: str, unit: str = "nfe") -> float:
+    """Return what a method took on average; nan where it was not run."""
+    files = folder.glob(file_of(folder, kind, unit, name, "[0-9]*").name)
     took = [json.loads(f.read_text())["seconds"] for f in files]
     return statistics.mean(took) if took else math.nan
+
+
+def spent(folder: Path, kind: str, name: str, unit: str) -> float:
+    """Return the evaluations per prompt that a method took on average, gradients counted twice."""
+    rows = [json.loads(f.read_text()) for f in folder.glob(file_of(folder, kind, unit, name, "[0-9]*").name)]
+    total = statistics.mean(r["ledger"]["evaluations"] + 2 * r["ledger"]["gradients"] for r in rows)
+    return total / len(rows[0]["strict"])
 
 
 def read(folder: Path) -> dict[tuple[str, str], Runs]:
@@ -184,6 +191,9 @@ def gains_panel(ax: Any, runs: Runs, title: str) -> None:
 
 def curve_panel(ax: Any, data: dict[tuple[str, str], Runs], kind: str) -> None:
     """Draw reward against budget."""
+    if (kind, "nfe2") not in data:
+        ax.set_axis_off()
+        return
     for name in data.get((kind, "nfe2"), {}):
         points = curve(data, kind, name, "reward")
         own = {"color": "#868e96", "ls": "--"} if name == "best-of-n" else {}
@@ -192,5 +202,4 @@ def curve_panel(ax: Any, data: dict[tuple[str, str], Runs], kind: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_title(f"{kind} reward against the budget", fontsize=9, loc="left")
     ax.set_xlabel("network evaluations, in those of the comparison", fontsize=8)
-    if data.get((kind, "nfe2")):
-        ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False)
