@@ -87,8 +87,8 @@ class Ledger:
     """What was spent.
 
     Args:
-        clock: tells the seconds; the wall's when None, or ``time.process_time`` for the processor's own, which other work on a
-            shared machine does not count in.
+        clock: tells the seconds; the wall's when None, or ``time.process_time`` for the processor's own, in which other
+            work on a shared machine does not count.
 
     Attributes:
         phases: seconds by name.
