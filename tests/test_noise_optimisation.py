@@ -20,7 +20,7 @@ from flowalign.methods.noise_penalties import norm_penalty, probability_penalty
 from flowalign.methods.noise_search import play
 from flowalign.methods.particles import noisy_kernel, rows_of
 from flowalign.methods.reno import Climb, ReNO
-from flowalign.noise import START
+from flowalign.noise import START, mix
 from flowalign.policy import Policy
 from flowalign.process import Posterior, Time
 from flowalign.steer import SearchFailed, steer
@@ -313,6 +313,26 @@ def test_golden_noise_is_the_guidance_gap() -> None:
             golden(replace(rows, cond=cond), z, row)
 
 
+def test_golden_noise_is_the_noise_and_not_the_state() -> None:
+    """Where a sampler starts from an affine map of the noise, what comes out is the noise again."""
+    t = guided_task()
+    rows = rows_of(replace(t, pipeline=_Started(t.pipeline)), per_sample=False)
+    z, row = fresh(rows, 5, 3)
+    out = golden(rows, z.double(), row)
+    exact = exact_golden(2 * z.double() + 0.3, [t.draw.prompts[r] for r in row])
+    assert torch.allclose(out, (exact - 0.3) / 2, atol=1e-9)
+
+
+class _Started:
+    """A pipeline whose first state is ``2 z + .3``."""
+
+    def __init__(self, pipeline) -> None:
+        self.shape, self.times, self.process = pipeline.shape, pipeline.times, pipeline.process
+
+    def start(self, z: Tensor, t: float, cond: Asked) -> Tensor:
+        return 2 * z.double() + 0.3
+
+
 def test_network_recovers_a_known_linear_map(tmp_path: Path) -> None:
     """Trained on the pairs of a Gaussian world, the network is the known map, prompt by prompt; saved and read back
     it says the same; untrained it changes nothing."""
@@ -349,7 +369,12 @@ def test_golden_noise_collects_trains_and_pays(tmp_path: Path) -> None:
     fewer = pairs[(pairs.gain > 0.9).nonzero().flatten()]
     assert (fewer.gain > 0.9).all() and len(fewer.prompts) == len(fewer.noise) == len(fewer.golden)
     again = guided_task(samples=2)
-    list(GoldenNoise(n=3, network=str(file)).search(again))
+    (found,) = GoldenNoise(n=3, network=str(file)).search(again)
     assert again.policy.ledger.evaluations == 2 * 6 * 4
+    rows = rows_of(guided_task(samples=2), per_sample=False)
+    z, row = fresh(rows, 6, mix(again.seed, 32))
+    refined = GoldenNet.load(file).refine(z, [again.draw.prompts[r] for r in row.tolist()])
+    assert torch.equal(found.total, play(rows, refined, row).total)
+    assert not torch.allclose(found.total, play(rows, z, row).total, atol=1e-3)
     with pytest.raises(ValueError, match="no pair of noises gained"):
         list(GoldenNoise(pairs=2, margin=1e9).search(guided_task()))

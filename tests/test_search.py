@@ -258,6 +258,8 @@ def test_schedule_keeps_what_is_wanted() -> None:
     assert TTSnap(keep=(0.4, 0.4, 0.5)).schedule(100, 4) == {2: 40, 6: 16, 11: 8}
     assert TTSnap(keep=(0.4, 0.4, 0.5)).schedule(10, 4) == {2: 4, 6: 4, 11: 4}
     assert TTSnap(keep=(0.4, 0.4, 0.5)).schedule(2, 4) == {2: 2, 6: 2, 11: 2}
+    # .29 * 100 is 28.999999999999996, and half of 29 is rounded down
+    assert TTSnap(keep=(0.29, 0.5, 0.5)).schedule(100, 1) == {2: 29, 6: 14, 11: 7}
 
 
 def test_omega() -> None:

@@ -99,6 +99,25 @@ def test_even_noise_has_the_mean_of_the_map() -> None:
     assert float(first.mean() / second.mean()) == pytest.approx(float(mean[0] / mean[1]), rel=0.05)
 
 
+def test_the_steps_take_the_map_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stochastic sampler draws each of its noises by the map of its own picture."""
+    t, low = sharp(2, 3)
+    low[0, :2] = t.policy.denoiser.mean
+    for p in (0, 1):
+        t.draw.meta[p]["image"] = low[p]
+    seen = []
+
+    def spy(process, level, w):
+        seen.append((level, w))
+        return spatial_kernel(process, level, w)
+
+    monkeypatch.setattr("flowalign.methods.upsr.spatial_kernel", spy)
+    next(UPSR(psi=0.05, floor=0.2, noise=0.7).search(t))
+    maps = weight(UPSR()._guess(rows_of(t, per_sample=False)), low, 0.05, 0.2)
+    assert [level for level, _ in seen] == [0.7] and maps.std() > 0.1
+    assert torch.allclose(seen[0][1], maps[[0, 0, 0, 1, 1, 1]])
+
+
 def test_rounds_draw_noises_of_their_own() -> None:
     """n candidates of one result are n different samples, the same ones each time."""
     found, again = (list(UPSR(n=3).search(sharp(1, 1)[0])) for _ in range(2))
