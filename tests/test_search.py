@@ -15,6 +15,7 @@ from flowalign.cli import main
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo
 from flowalign.ledger import Ledger
+from flowalign.methods import rbf
 from flowalign.methods.base import Steering
 from flowalign.methods.beam import Beam
 from flowalign.methods.best_of_n import BestOfN
@@ -188,6 +189,27 @@ def test_rbf_extremes() -> None:
     assert (torch.stack(walk.tries) == 2).all() and walk.spare.tolist() == [32, 32]
     walk, _ = walked(RBF(2, 5, 2, "own", 0.7), task(lambda x, r: x.new_zeros(len(x)), samples=2))
     assert (torch.stack(walk.tries) == 5).all() and walk.spare.tolist() == [0, 0]
+
+
+def test_rbf_holds_its_tries_against_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward once seen stays the bar, also where the walk went on from less; every batch has noise of its own."""
+    bars, seeds = [], []
+    step, advance = Walk._step, rbf.advance
+
+    def watched(self, nodes, best, *rest):
+        bars.append(best)
+        return step(self, nodes, best, *rest)
+
+    def drawn(*args, noise, **rest):
+        seeds.append(noise.seed)
+        return advance(*args, noise=noise, **rest)
+
+    monkeypatch.setattr(Walk, "_step", watched)
+    monkeypatch.setattr(rbf, "advance", drawn)
+    calls = iter([5.0, *[0.0] * 100])
+    walked(RBF(1, 3, 1, "own", 0.7), task(lambda x, r: torch.full((len(x),), next(calls), dtype=F64)))
+    assert [float(b) for b in bars] == [5.0] * 8
+    assert len(set(seeds)) == len(seeds) == 24
 
 
 def test_rbf_climbs_and_lists_its_own_lineage() -> None:
