@@ -185,6 +185,17 @@ def test_the_method_reaches_guidance_tilted_by_a_reward() -> None:
     assert plain.log_z is None and not plain.log_w.any()
 
 
+def test_annealing_draws_the_power_and_claims_no_evidence() -> None:
+    """``q^.7`` and its moments; its evidence would be .89 of the true one at any number of steps."""
+    t = task(60, torch.zeros(60, dtype=F64))
+    found = next(FKC(target="anneal", weight=0.7, particles=32).search(t))
+    mean, std, _ = target({NARROW: 0.7})
+    w, x = found.trajectory.weights().reshape(60, 32), found.x.reshape(60, 32)
+    for got, exact in (((w * x).sum(1), mean), ((w * (x - mean) ** 2).sum(1), std**2)):
+        assert abs(got.mean() - exact) < 4 * got.std() / 60**0.5 + 0.02
+    assert found.log_z is None
+
+
 def test_settings() -> None:
     for bad in ({"particles": 1}, {"weight": 0.0}):
         with pytest.raises(ValueError, match="particles >= 2 and weight > 0"):
