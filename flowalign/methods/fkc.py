@@ -15,8 +15,10 @@ against the kernel K that one samples from, with F as the backward kernel, is th
 All factors are Gaussian in x_s. Taking their normalised product as K leaves the normaliser, which depends on x_t alone:
 particles are weighted *before* they step. For β = (1 - w, w) it is ``w (w - 1) |m_c - m_∅|² / 2 std²``, the paper's
 ``½ g² w (w - 1) |s_c - s_∅|² dt`` without its limit of small steps and without singular times. With exact steps
-``E[Ẑ] = Z``, the mass of the product, for any number of particles; with the sampler's steps up to their own error. With
-less noise than the memoryless (a = .7) the identity does not hold at all, so the noise is no setting here.
+``E[Ẑ] = Z``, the mass of the product, for any number of particles; with the sampler's steps up to their own error, of
+which a part stays, however many there are, where Σβ is not 1: the outermost steps have the wrong variance at any step
+length (docs/steering.md). With less noise than the memoryless (a = .7) the identity does not hold at all, so the noise
+is no setting here.
 """
 
 from __future__ import annotations
@@ -247,7 +249,7 @@ class FKC(Steering):
             select=Resample(self.scheme, self.threshold) if self.correct else None,
         )  # fmt: skip
         # where the powers do not add up to one, a sampler's steps, which are not the exact reverse kernel, leave an
-        # error in the evidence that finer steps do not remove (docs/steering.md): then none is given
+        # error in the evidence of which finer steps remove only a part (docs/steering.md): then none is given
         known = self.correct and math.isclose(sum(experts.powers), 1.0)
         yield replace(finish(rows, tree), log_z=tree.log_evidence() if known else None)
 
