@@ -12,6 +12,7 @@ import torch
 
 from flowalign.kernels import Ancestral, EulerMaruyama, Kernel
 from flowalign.laws import Constant, Ddim, Memoryless
+from flowalign.methods import fkc
 from flowalign.methods.base import Task
 from flowalign.methods.fkc import FKC, Blend, Corrected, Corrector, Experts, Product
 from flowalign.noise import Stream
@@ -22,7 +23,7 @@ from flowalign.selection import Resample
 from flowalign.source import Draw
 from flowalign.trajectory import Nodes
 from tests.test_steering import Judge, Rows1
-from tests.worlds import F64, ExactReverse, Normal
+from tests.worlds import F64, ExactReverse, Normal, cosine
 
 BROAD, NARROW = Normal(0.2, 0.9), Normal(0.9, 0.5)
 TIMES = torch.linspace(1, 0, 6, dtype=F64)
@@ -195,6 +196,23 @@ def test_annealing_draws_the_power_and_claims_no_evidence() -> None:
     for got, exact in (((w * x).sum(1), mean), ((w * (x - mean) ** 2).sum(1), std**2)):
         assert abs(got.mean() - exact) < 4 * got.std() / 60**0.5 + 0.02
     assert found.log_z is None
+
+
+@pytest.mark.parametrize(("aim", "weight", "total"), [("anneal", 0.7, 0.7), ("product", 0.65, 1.3)])
+def test_noise_that_data_still_shows_through_starts_from_its_power(monkeypatch, aim, weight, total) -> None:
+    """A variance-preserving process has α > 0 at its first time: standard normal data are N(0, 1) at every time there,
+    so particles start from N(0, 1/Σβ) and Z is ``∫ N(0, 1)^Σβ = ((2π)^{(1 - Σβ) / 2} / √Σβ)^D``."""
+    world, prompts, dims = Normal(0.0, 1.0, cosine()), 100, 2
+    assert world.process(1.0)[0] > 0.05
+    monkeypatch.setattr(fkc, "reversal", lambda process: ExactReverse(world))
+    t = replace(task(prompts, torch.zeros(prompts, dtype=F64)), policy=Policy(world), times=TIMES)
+    t.pipeline.shape = lambda c: (dims,)
+    tree = next(FKC(target=aim, weight=weight, other="o", particles=8).search(t)).trajectory
+    start = tree.levels[0].x
+    assert start.var() * total == pytest.approx(1, abs=0.15)
+    ratio = (tree.log_evidence() - dims * (0.5 * (1 - total) * math.log(2 * math.pi) - 0.5 * math.log(total))).exp()
+    error = ratio.std() / prompts**0.5
+    assert abs(ratio.mean() - 1) < 4 * error and error < 0.03
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from flowalign.methods.noise_search import NoiseSearch, neighbours
 from flowalign.methods.particles import roll, rows_of
 from flowalign.methods.rbf import RBF, Walk
 from flowalign.methods.ttsnap import TTSnap, cost, omega
+from flowalign.noise import START
 from flowalign.policy import Policy, final_posterior
 from flowalign.prepare import Lora, prepare
 from flowalign.process import Karras, Rectified
@@ -223,6 +224,15 @@ def test_rbf_climbs_and_lists_its_own_lineage() -> None:
         RBF(noise=0.0)
 
 
+def test_rbf_starts_the_other_path_from_its_own_noise() -> None:
+    """A model that starts from σ = 80 is walked from the same noise at the σ of the variance-preserving path."""
+    t = task(linear, samples=2, world=Normal(0.5, 0.8, Karras(80.0, 7.0)), steps=2)
+    t.pipeline.start = lambda z, first, c: 80 * z.double()
+    walk, tree = walked(RBF(1, 1, 1), t)
+    noise = walk.rows.noise.normal(START, torch.arange(2), torch.zeros(2, dtype=torch.long), (3, 2, 2))
+    assert torch.allclose(tree.levels[0].x, vp_path()(1.0)[1] * noise.double(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("own", [Rectified(), Karras(400.0, 3.0)], ids=["rectified", "karras"])
 def test_converted_is_the_same_network_on_another_path(own) -> None:
     """The conversion of a world's denoiser is that world's denoiser on the new path, exactly."""
@@ -265,6 +275,14 @@ def test_pruning_by_an_exact_value_loses_nothing() -> None:
     assert t.policy.ledger.evaluations == pytest.approx(40 * cost(8, (1, 4), (0.5, 0.4)))
     assert t.policy.ledger.rewards == pytest.approx(40 * cost(8, (1, 4), (0.5, 0.4), 0.0, 1.0))
     assert free.policy.ledger.evaluations == 40 * 8 and free.policy.ledger.rewards == 40
+
+
+def test_every_round_has_noise_of_its_own() -> None:
+    """Rounds bring new candidates, and others than another seed does; asked again, a search finds the same."""
+    method = TTSnap(n=3, levels=(), keep=(), rounds=3)
+    rounds, again, other = ([f.x for f in method.search(task(linear, steps=2, seed=k))] for k in (0, 0, 1))
+    assert len(rounds) == 3 and len(torch.cat([*rounds, *other]).flatten(1).unique(dim=0)) == 18
+    assert torch.equal(torch.cat(rounds), torch.cat(again))
 
 
 def test_honest_cost_of_the_published_schedule() -> None:
