@@ -22,10 +22,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## align the little text-to-image model by two methods, at most 12 minutes on 2 cores
+demo: $(READY)  ## align the little text-to-image model by two methods, 8 minutes on 2 cores
 	$(RUN) -m flowalign demo
 
-demo-full: $(READY)  ## the long demo, 25 minutes
+demo-full: $(READY)  ## the long demo, 12 minutes
 	$(RUN) -m flowalign demo --full
 
 test: $(READY) lint types  ## lint, types and the default tests

@@ -133,7 +133,7 @@ def build(config: RunConfig) -> Job:
     judges = open_rewards(judge_spec, device) if judge_spec else plain
     watched = facts.held if facts is not None and e.every and e.rewards is None else ""
     aside = open_rewards(watched, device) if watched else {}
-    steps = e.steps or config.fit.steps
+    steps = e.steps or (facts.steps if facts is not None else 0) or config.fit.steps
     layouts = e.layouts or (facts.layouts if facts is not None else "")
     return Job(
         config, pipeline, judged,

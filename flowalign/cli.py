@@ -21,7 +21,7 @@ __all__ = ["flag", "main", "parse", "say", "take"]
 METHOD = "  METHOD               "
 HELP = """flowalign: align diffusion and flow-matching generators with reward models.
 
-  flowalign demo                          align a little text-to-image model by two methods, and look: 12 minutes
+  flowalign demo                          align a little text-to-image model by two methods, and look: 8 minutes
   flowalign train METHOD [options]        fine-tune a generator on a reward
   flowalign steer METHOD [options]        search a frozen generator's samples
   flowalign score IMAGES --reward SPEC    what rewards say of pictures

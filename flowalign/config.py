@@ -40,7 +40,7 @@ class Evaluation:
         prompts: held-out prompts, never trained on; the world's report set, or the training prompts, when None.
         images: per category of prompts.
         batch: images sampled at a time.
-        steps: sampling steps; those of the training when None.
+        steps: sampling steps; when None those of a demo world's card, elsewhere those of the training.
         guidance: whether the pipeline's guidance rule is on; the base should be judged at its best.
         rewards: held-out rewards, a specification like ``reward``; off the demo worlds the first is the headline, and
             the training's own reward is when None. A demo world's own are watched in the checks when None; "" for none.

@@ -1,6 +1,7 @@
-"""``flowalign demo``: two methods side by side on the little world, and one without its penalty, in twelve minutes.
+"""``flowalign demo``: two methods side by side on the little world, and one that is hacked, in eight minutes.
 
-    1   the base model is judged once, while DiffusionNFT without its penalty shows the collapse on the other core
+    1   the base model is judged once, while the other core shows what goes wrong: reward gradients of the small CLIP
+        model, without a penalty, raise its score and cost the strict judge's verdict and the layouts
     2   Flow-GRPO and DiffusionNFT train at the same time, one core each, until the time that is left is used up
     3   both are judged on the same prompts and noises as the base; a table, and one report of all three
 
@@ -27,7 +28,7 @@ from flowalign.precision import quicker
 
 __all__ = ["DemoOptions", "run", "verdict"]
 
-MINUTES = {"quick": 0.5, "short": 12.0, "full": 25.0}
+MINUTES = {"quick": 0.5, "short": 8.0, "full": 12.0}
 GAIN, OTHER_GAIN, FULL_GAIN, KEPT, HARM = 0.10, 0.04, 0.25, 0.80, -0.03
 
 
@@ -36,12 +37,12 @@ class DemoOptions:
     """The demo.
 
     Attributes:
-        full: twenty-five minutes instead of twelve, for gains of 25 points.
+        full: twelve minutes instead of eight, for gains of 25 points.
         quick: half a minute, to see that everything runs; the figures mean nothing.
         seed: of the training.
         output: folder of all runs.
         control: a further run whose rewards are permuted inside their groups and teach nothing; takes longer.
-        minutes: total time, in place of 12 or 25.
+        minutes: total time, in place of 8 or 12.
         images: held-out images per category.
         precision: of the networks, fp32 or bf16; when empty, whichever this machine multiplies faster in.
         options: further options for every run, in one string: --options="--pipeline my:pipeline --reward my:Reward".
@@ -130,7 +131,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     seconds = max(left, 5.0)
     runs = [Child.start(m, m, options, seconds, *more) for m in ("flow-grpo", "diffusion-nft")]
     wait(runs, progress)
-    labels = ["Flow-GRPO", "DiffusionNFT", "DiffusionNFT, no penalty"]
+    labels = ["Flow-GRPO", "DiffusionNFT", _hack(options)[0]]
     folders = [*(r.folder for r in runs), Folder(options.output / "hacked")]
     if options.control:
         control = Child.start("control", "diffusion-nft", options, seconds, *more, "--permute")
@@ -146,12 +147,24 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     return found
 
 
+def _hack(options: DemoOptions) -> list[str]:
+    """Return label, method and options of the run that shows what goes wrong.
+
+    A strict verdict is hard to hack and the small CLIP score is easy. Somebody's own reward may have no gradient: there
+    it is DiffusionNFT without its penalty.
+    """
+    if options.options:
+        return ["DiffusionNFT, no penalty", "diffusion-nft", "--preset", "hacked"]
+    return ["DRaFT on shapes-clip, no penalty", "draft", "--preset", "hacked", "--reward", "shapes-clip"]
+
+
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
-    share = options.total / 10
+    share = options.total / 7
     every = ["--evaluation.every", "8" if not options.full else "25", "--evaluation.images", str(options.images)]
     few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5))]
-    hacked = Child.start("hacked", "diffusion-nft", options, share, "--preset", "hacked", *few)
+    _, method, *how = _hack(options)
+    hacked = Child.start("hacked", method, options, share, *how, *few)
     base = Folder(options.output / "base")
     command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *every[2:]]
     command += ["--precision", options.precision]
@@ -268,11 +281,11 @@ def _table(labels: Sequence[str], found: dict[str, Any]) -> str:
 def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[str], found: dict[str, Any]) -> Path:
     from flowalign.report import write_report
 
-    notes = ["", "", "Without its penalty: look at the layouts and at the other categories.", "Must not gain."]
+    notes = ["", "", "Must not be followed: look at the layouts and at the strict verdict.", "Must not gain."]
     words = (
         "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "without the penalty that holds it to the base. Compare the last columns: without it a run pays with what it "
-        "was not asked for, and in trials on a simpler world it ended with one layout per prompt."
+        "with nothing that holds it to the base. The third one's own reward rises to the end; what it was not asked "
+        "for pays: pictures the judge calls wrong, fewer layouts, and a growing distance to the base."
     )
     return write_report(
         folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +23,13 @@ class Facts:
         judge: strict reward, the truth that accuracies are reported by.
         held: rewards that the checks of a run watch beside those, where none are asked for; "" for none.
         layouts: ``module:function`` that names arrangements; "" for none.
-        train: prompt set to learn from; ``focus`` is the train split with seven prompts of the focus to one other.
+        train: prompt set to learn from; ``focus`` is the train split with three prompts of the focus to one other,
+            ``focus7`` has seven to one, and so on.
         focus: category that has room to improve.
         check: set that recipes are chosen on.
         report: set that figures are reported on.
         call: arguments of the pipeline's call at its best.
+        steps: sampling steps that a model is judged with, however many it is trained with; those of the training for 0.
     """
 
     judge: str
@@ -37,11 +40,12 @@ class Facts:
     check: str = "select"
     report: str = "report"
     call: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0
 
 
 WORLDS: dict[str, Facts] = {
-    "shapes": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
-    "shapes-turbo": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}),
+    "shapes": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
+    "shapes-turbo": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=4),
 }
 
 
@@ -54,6 +58,7 @@ def resolve_world(config: RunConfig) -> RunConfig:
     spelled = replace(
         e, prompts=world_set(e.prompts, config, facts, "report"), rewards=judged_by(facts, e.rewards),
         layouts=e.layouts or facts.layouts or None, check_prompts=world_set(e.check_prompts, config, facts, "check"),
+        steps=e.steps or facts.steps or None,
     )  # fmt: skip
     return replace(
         config,
@@ -88,8 +93,8 @@ def world_prompts(world: str, name: str) -> list[Prompt]:
     from flowalign.pipelines import worlds
 
     folder = Path(worlds.__file__).parent / "prompts"
-    if name == "focus":
-        return _focus(read_prompts(str(folder / "train.jsonl")), WORLDS[world].focus)
+    if share := re.fullmatch(r"focus([1-9]\d*)?", name):
+        return _focus(read_prompts(str(folder / "train.jsonl")), WORLDS[world].focus, int(share[1] or 3))
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         known = ["focus", *sorted(p.stem for p in folder.glob("*.jsonl"))]
@@ -97,7 +102,7 @@ def world_prompts(world: str, name: str) -> list[Prompt]:
     return read_prompts(str(path))
 
 
-def _focus(prompts: Sequence[Prompt], focus: str, share: int = 7) -> list[Prompt]:
+def _focus(prompts: Sequence[Prompt], focus: str, share: int) -> list[Prompt]:
     """Return prompts of which ``share`` in ``share + 1`` are of one category, the others evenly of the other ones."""
     mine = [p for p in prompts if p.meta.get("category") == focus]
     kinds = list(dict.fromkeys(p.meta.get("category") for p in prompts if p.meta.get("category") != focus))

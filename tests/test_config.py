@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flowalign.config import compose, default, flatten, from_yaml, to_dict
+from flowalign.facts import resolve_world
 from flowalign.methods import METHODS, names
 from flowalign.prepare import Lora
 from flowalign.prompts import read_prompts
@@ -142,14 +143,27 @@ def test_missing_prompts(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "latin.txt"))
 
 
+def test_world_steps() -> None:
+    """A demo world is judged with its own number of steps, however many a method trains with, unless told otherwise."""
+    plain = compose({"method": {"name": "flow-grpo"}}, None, where="test")
+    assert plain.pipeline == "shapes" and plain.fit.steps == 6 and resolve_world(plain).evaluation.steps == 10
+    asked = compose({"method": {"name": "flow-grpo"}, "evaluation": {"steps": 7}}, None, where="test")
+    assert resolve_world(asked).evaluation.steps == 7
+
+
 def test_world_prompts() -> None:
-    """The demo world's sets are read by name; the focus set is seven parts of one category to one of the others."""
+    """The demo world's sets are read by name; the focus set has three prompts of one category to one of the others,
+    or as many as its name says."""
     from flowalign.build import world_prompts
 
     report = read_prompts("shapes:report", world_prompts)
     focus = read_prompts("shapes:focus", world_prompts)
     share = sum(p.meta["category"] == "count" for p in focus) / len(focus)
-    assert share == pytest.approx(7 / 8, abs=0.01)
+    assert share == pytest.approx(3 / 4, abs=0.01)
+    mixed = read_prompts("shapes:focus7", world_prompts)
+    assert sum(p.meta["category"] == "count" for p in mixed) / len(mixed) == pytest.approx(7 / 8, abs=0.01)
+    with pytest.raises(ValueError, match="no prompt set 'focus0'"):
+        read_prompts("shapes:focus0", world_prompts)
     singles = {p.text for p in report if p.meta["category"] == "single"}
     assert not {p.text for p in focus} & {p.text for p in report} - singles
     with pytest.raises(ValueError, match="no prompt set 'trian'; it has focus, report, select, train"):

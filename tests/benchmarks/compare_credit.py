@@ -140,11 +140,12 @@ WORLDS = {
     ),
     "shapes-short": World(
         {
-            "pipeline": "shapes", "reward": "shapes", "precision": "bf16",
+            "pipeline": "shapes", "reward": "shapes", "precision": "bf16", "prompts": "shapes:focus7",
             "fit": {"groups": 8, "size": 16, "steps": 6, "batch": 192, "betas": (0.9, 0.99), "weight_decay": 0.0,
                     "warmup": 5},
+            "evaluation": {"steps": 6},
         },
-        10_000, 75.0, 300, {"dense-grpo": {"rounds": 3}, "b2-diffurl": {"stages": 20}}, rates=(1e-4, 3e-4),
+        30_000, 120.0, 600, {"dense-grpo": {"rounds": 3}, "b2-diffurl": {"stages": 20}}, rates=(1e-4, 3e-4),
         parts=(1.0,), categories=("count",), trial={"prompts": "shapes:select"}, warm=False, walk=4.2e-4,
     ),
     "turbo": World(
