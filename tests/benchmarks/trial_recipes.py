@@ -23,6 +23,22 @@ What decided the demo's recipes (21 November 2026, one seed each, 200 images per
     flow-grpo lr=3.5e-4, kl=.02         20 iterations  count  +7.2+-1.5 (101 %); 34 iterations +6.8+-1.5 (100 %)
 
 Rows of flow-grpo without kl had a penalty of .1, under which the drift stood still at .005; at .02 it goes to .02.
+
+Those trained on seven prompts of the focus to one other. With three to one (600 images a category), ``prompts``:
+
+    diffusion-nft kl=.3                 20 iterations  count +15.7+-2.1 (97 %)  relation -3.0+-1.4  mixed  +9.7+-2.3
+                                        40 iterations  count +26.5+-2.0 (96 %)  relation +1.7+-1.3  mixed +19.3+-2.2
+                                        60 iterations  count +28.8+-2.0 (97 %)  relation +1.3+-1.3  mixed +17.2+-2.2
+                                        80 iterations  count +27.2+-2.1 (96 %)  relation +2.8+-1.3  mixed +16.8+-2.4
+    flow-grpo lr=3.5e-4, kl=.02         15 iterations  count  -2.0+-1.1 (99 %); 30 iterations  +4.3+-1.1 (99 %)
+    the same, samples of six steps      15 iterations  count +10.2+-1.7 (100 %); 30  +9.3 (99 %); 50 +10.5+-1.6 (102 %)
+
+What the run that is hacked should be (400 images a category): without a penalty diffusion-nft does not collapse here,
+
+    diffusion-nft kl=0, seven to one    47 iterations, 240 s  count +23.3+-2.6 (90 %)  relation  +4.0+-1.6
+    the same on shapes-clip             23 iterations, 153 s  count +14.7+-2.7 (95 %)  relation  -2.7+-1.7
+    draft (all steps) on shapes-clip, lr=2e-4   12 iterations, 35 s  count +17.7+-2.8 (97 %), 41, 92 s  +15.7 (83 %)
+    the same at lr=3e-4                 24 iterations, 47 s  count -17.5+-3.4 (82 %), 48, 93 s  -17.0+-3.6 (58 %)
 """
 
 from __future__ import annotations
