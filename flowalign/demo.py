@@ -155,7 +155,8 @@ def _hack(options: DemoOptions) -> list[str]:
     """
     if options.options:
         return ["DiffusionNFT, no penalty", "diffusion-nft", "--preset", "hacked"]
-    return ["DRaFT on shapes-clip, no penalty", "draft", "--preset", "hacked", "--reward", "shapes-clip"]
+    return ["DRaFT on shapes-clip, no penalty", "draft", "--preset", "hacked", "--reward", "shapes-clip",
+            "--prompts", "shapes:focus7"]  # fmt: skip
 
 
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:

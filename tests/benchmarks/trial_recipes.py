@@ -39,6 +39,8 @@ What the run that is hacked should be (400 images a category): without a penalty
     the same on shapes-clip             23 iterations, 153 s  count +14.7+-2.7 (95 %)  relation  -2.7+-1.7
     draft (all steps) on shapes-clip, lr=2e-4   12 iterations, 35 s  count +17.7+-2.8 (97 %), 41, 92 s  +15.7 (83 %)
     the same at lr=3e-4                 24 iterations, 47 s  count -17.5+-3.4 (82 %), 48, 93 s  -17.0+-3.6 (58 %)
+    at 3e-4 with prompts three to one   24 iterations, 45 s  count +10 (50 images; 103 %): varied prompts hold it
+    at 4e-4, seven to one, seeds 0, 1   28 iterations, 50 s  count -51.2+-2.9 (71 %); +18.8+-2.7 (46 %)
 """
 
 from __future__ import annotations
