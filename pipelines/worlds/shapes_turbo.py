@@ -13,12 +13,11 @@ last changes next to nothing.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchLCMScheduler, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowalign.pipelines.worlds import shapes, store
 from flowalign.pipelines.worlds.train import Stage, World
@@ -26,16 +25,6 @@ from flowalign.pipelines.worlds.train import Stage, World
 __all__ = ["GRID", "WORLD", "consistency_loss"]
 
 GRID = 12
-
-
-@lru_cache(maxsize=2)
-def teacher(device: torch.device) -> Any:
-    """Return the frozen `shapes` pipeline."""
-    pipe = DiffusionPipeline.from_pretrained(store.path("shapes")).to(device)
-    for m in pipe.components.values():
-        if isinstance(m, nn.Module):
-            m.requires_grad_(False)
-    return pipe
 
 
 def build() -> StableDiffusion3Pipeline:
@@ -55,7 +44,7 @@ def consistency_loss(pipe: Any, g: torch.Generator) -> Tensor:
         noise = torch.randn(x0.shape, generator=g, device=g.device)
         t = torch.randint(1, GRID + 1, (len(x0),), generator=g, device=g.device) / GRID
         x = torch.lerp(x0, noise, t[:, None, None, None])
-        v = _velocity(teacher(g.device), x, t, text, pooled)
+        v = _velocity(store.frozen("shapes", g.device), x, t, text, pooled)
         s = t - 1 / GRID
         x_s = x - v / GRID
         target = x_s - s[:, None, None, None] * _velocity(pipe, x_s, s, text, pooled)

@@ -16,7 +16,7 @@ x0 are weighted by the signal-to-noise ratio within [.1, 5] (Hang et al. 2303.09
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -72,16 +72,6 @@ def build(prediction: Prediction) -> StableDiffusionPipeline:
     )
 
 
-@lru_cache(maxsize=2)
-def teacher(device: torch.device) -> Any:
-    """Return the frozen `shapes` pipeline."""
-    pipe = DiffusionPipeline.from_pretrained(store.path("shapes")).to(device)
-    for m in pipe.components.values():
-        if isinstance(m, nn.Module):
-            m.requires_grad_(False)
-    return pipe
-
-
 def ends(velocity: Velocity, x: Tensor, kept: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """Return the data point and the noise that a flow model sees behind a VP point, ``(B, C, H, W)`` each.
 
@@ -102,7 +92,7 @@ def ends(velocity: Velocity, x: Tensor, kept: Tensor, shift: float) -> tuple[Ten
 def loss(pipe: Any, g: torch.Generator, prediction: Prediction) -> Tensor:
     """Return the weighted squared error of one batch."""
     images, index = shapes.draw(pipe, g, shapes.BATCH, shapes.SETTLE)
-    known, master = shapes.ids(pipe.tokenizer, g.device), teacher(g.device)
+    known, master = shapes.ids(pipe.tokenizer, g.device), store.frozen("shapes", g.device)
     empty = torch.rand(len(images), generator=g, device=g.device) < shapes.DROPOUT
     tokens = known[torch.where(empty, len(known) - 1, index)]
     scale = pipe.vae.config.scaling_factor

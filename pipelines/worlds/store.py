@@ -9,13 +9,15 @@ goes on saying float32, which is what transformers and diffusers load them in.
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-__all__ = ["WEIGHTS", "path", "save", "ship"]
+__all__ = ["WEIGHTS", "frozen", "path", "save", "ship"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -34,6 +36,22 @@ def path(name: str) -> Path:
             f"`python -m flowalign.pipelines.worlds make {name}`."
         )
     return folder
+
+
+@lru_cache(maxsize=2)
+def frozen(name: str, device: torch.device) -> Any:
+    """Return a shipped world as a teacher: nothing in it takes a gradient, and all who ask share it.
+
+    Raises:
+        ValueError: for a world that is not there.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(path(name)).to(device)
+    for m in pipe.components.values():
+        if isinstance(m, nn.Module):
+            m.requires_grad_(False)
+    return pipe
 
 
 def save(pipe: Any, folder: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.pipelines.worlds import shapes, shapes_turbo
+from flowalign.pipelines.worlds import shapes, shapes_turbo, store
 
 
 class Speaker(nn.Module):
@@ -79,7 +79,7 @@ def test_consistency_is_no_distance_on_straight_paths(pipe, monkeypatch):
     """At the last step the target is the teacher's own end; a student elsewhere is pulled to it from there."""
     teacher = shapes.build()
     teacher.transformer = Straight(0.5)
-    monkeypatch.setattr(shapes_turbo, "teacher", lambda device: teacher)
+    monkeypatch.setattr(store, "frozen", lambda name, device: teacher)
     pipe.transformer = Straight(0.5)
     g = torch.Generator().manual_seed(0)
     assert shapes_turbo.consistency_loss(pipe, g).item() == pytest.approx(0, abs=1e-4)
