@@ -27,7 +27,7 @@ from flowalign.steer import SearchFailed, steer
 from flowalign.valuenet import word_ids
 from tests.searching import linear, slope, task
 from tests.test_search import tuned
-from tests.toy import Bright, Toy, ToyCondition
+from tests.toy import Asked, Bright, Toy, ToyCondition
 from tests.worlds import F64, Net, Normal, chain
 
 SHAPE = (3, 2, 2)
@@ -254,19 +254,6 @@ def test_noise_optimisation_on_a_fine_tuned_model() -> None:
 
 
 # -- golden noise ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Asked(ToyCondition):
-    """A condition with guidance on or off."""
-
-    guided: bool = True
-
-    def __getitem__(self, rows: Tensor) -> Asked:
-        return Asked(tuple(self.prompts[i] for i in rows.tolist()), self.guided)
-
-    def bare(self) -> Asked:
-        return replace(self, guided=False)
-
-
 @dataclass(frozen=True)
 class Guided:
     """A Gaussian world whose guidance moves the posterior mean by a shift of the prompt's own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from flowalign.process import Posterior
 from flowalign.source import Prompt
 from flowalign.steer import SearchFailed, Steered, steer
 from tests.runworld import Broken, Saved
-from tests.toy import Bright, ToyCondition
+from tests.toy import Asked, Bright
 
 METHODS = {n: resolve(n).presets()["demo"].method for n in names("steering")}
 METHODS["golden-noise"] = GoldenNoise(n=16, pairs=3, margin=0.0, train=Refine(width=8, epochs=2))
@@ -43,19 +43,6 @@ METHODS["ttsnap"] = TTSnap(6, (3, 6), (0.5, 0.5), rounds=2)
 METHODS["flow-nrg"] = FlowNRG(collect=4, train=3, width=8, n=12)
 METHODS["fkc"] = FKC(particles=2)
 METHODS["fk-steering, twisted"] = FKSteering(6, twist=1.0)
-
-
-@dataclass(frozen=True)
-class Asked(ToyCondition):
-    """A condition whose guidance can be switched off: golden noise is what guidance tells a noise."""
-
-    guided: bool = True
-
-    def __getitem__(self, rows: Tensor) -> Asked:
-        return Asked(tuple(self.prompts[i] for i in rows.tolist()), self.guided)
-
-    def bare(self) -> Asked:
-        return replace(self, guided=False)
 
 
 class Guiding(Saved):

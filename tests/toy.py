@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ class ToyCondition:
 
     def __getitem__(self, rows: Tensor) -> ToyCondition:
         return ToyCondition(tuple(self.prompts[i] for i in rows.tolist()))
+
+
+@dataclass(frozen=True)
+class Asked(ToyCondition):
+    """A condition whose guidance can be switched off: golden noise is what guidance tells a noise."""
+
+    guided: bool = True
+
+    def __getitem__(self, rows: Tensor) -> Asked:
+        return Asked(tuple(self.prompts[i] for i in rows.tolist()), self.guided)
+
+    def bare(self) -> Asked:
+        return replace(self, guided=False)
 
 
 class Toy:
