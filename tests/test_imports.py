@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "flowalign"
 CORE = (
     "adjoint", "batches", "checkpoint", "credit", "experience", "gaussian", "guidance", "hearing", "kernels", "laws",
     "learner", "ledger", "meter", "nodes", "noise", "objectives", "pause", "policy", "potentials", "process",
-    "protocols", "replay", "rollout", "selection", "state", "trajectory", "values",
+    "protocols", "replay", "rollout", "selection", "state", "step", "trajectory", "values",
 )  # fmt: skip
 ALLOWED = set(sys.stdlib_module_names) | {"torch", "jaxtyping", "flowalign"}
 OUTSIDE = ("pipelines", "rewards")

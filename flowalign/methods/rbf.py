@@ -26,7 +26,7 @@ from flowalign.methods.particles import Rows, finish, noisy_kernel, rows_of
 from flowalign.noise import Noise, mix
 from flowalign.options import FitOptions
 from flowalign.policy import Policy
-from flowalign.rollout import advance, evaluate
+from flowalign.step import advance, evaluate
 from flowalign.trajectory import Nodes, Trajectory
 from flowalign.values import Tweedie
 
