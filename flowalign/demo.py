@@ -282,11 +282,11 @@ def _table(labels: Sequence[str], found: dict[str, Any]) -> str:
 def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[str], found: dict[str, Any]) -> Path:
     from flowalign.report import write_report
 
-    notes = ["", "", "Must not be followed: look at the layouts and at the strict verdict.", "Must not gain."]
+    notes = ["", "", "Must not be followed: look at the layouts and at the other categories.", "Must not gain."]
     words = (
         "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "with nothing that holds it to the base. The third one's own reward rises to the end; what it was not asked "
-        "for pays: pictures the judge calls wrong, fewer layouts, and a growing distance to the base."
+        "with nothing that holds it to the base. The third one's own reward rises fast, and something that it was not "
+        "asked for pays: fewer layouts, other categories, in some seeds the strict verdict itself."
     )
     return write_report(
         folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],
