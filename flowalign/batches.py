@@ -6,6 +6,7 @@ iteration's seed: an objective is then a function of its batch, and a resumed ru
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,19 +191,20 @@ def pairs(experience: Experience, law: TimeLaw, per_group: int = 1, update: int 
     return Pairs(win, pick(x, lo), nodes.row[w], gap, law.draw(len(w), g), _noise_like(win, g))
 
 
-def paths(experience: Experience, weights: Any = None, update: int = 0) -> Paths:
+def paths(experience: Experience, weights: Any = None, update: int = 0, levels: Collection[int] | None = None) -> Paths:
     """Return the lineages of the leaves of a chain rollout, for balance losses.
 
     Args:
         experience: what was gathered.
         weights: credit per level, handed on with the transitions; None for none.
         update: number of the pass over the lineages: each pass throws its dice anew.
+        levels: of the steps; all when None.
 
     Raises:
         ValueError: for a rollout that branches.
     """
     tree = experience.trajectory
-    steps = tree.transitions(weights)
+    steps = tree.transitions(weights, None if levels is None else lambda k, t, s: k in levels)
     n = len(tree.leaves)
     if len(steps) % n:
         raise ValueError("balance losses follow chains; this trajectory branches or was resampled.")

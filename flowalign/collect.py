@@ -72,11 +72,12 @@ class Collector:
         samples = torch.tensor([r.roots(n) for n in draw.samples.tolist()])
         select = r.select
         if r.shared_noise and select is None:
-            # one start for a row: its samples part at the first step that draws noise, and share every call before
+            # one node for a row: its samples part at the first step that draws noise, and share every call before
             select = Fan(_first_noise(r.kernel, times.tolist()), tuple(samples.tolist()))
             samples = torch.ones_like(samples)
         row = torch.arange(len(samples)).repeat_interleave(samples)
-        start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=r.shared_noise)
+        lead = draw.leads() if r.shared_noise else None
+        start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=lead)
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
             value=None if r.value is None else r.value(lambda x, i: self.total(judge(x, i))), potential=r.potential,
@@ -89,7 +90,9 @@ def _first_noise(kernel: Kernel, grid: list[float]) -> int:
     return next((k for k, (t, s) in enumerate(pairwise(grid)) if kernel.stochastic(t, s)), 0)
 
 
-def enter(pipeline: Pipeline, cond: Condition, row: Tensor, noise: Noise, t: float, *, shared: bool = False) -> Nodes:
+def enter(
+    pipeline: Pipeline, cond: Condition, row: Tensor, noise: Noise, t: float, *, shared: Tensor | None = None
+) -> Nodes:
     """Return starting nodes of the given rows.
 
     Args:
@@ -98,10 +101,13 @@ def enter(pipeline: Pipeline, cond: Condition, row: Tensor, noise: Noise, t: flo
         row: of each node, ``(N,)``.
         noise: keyed.
         t: starting time.
-        shared: all nodes of a row start from the same noise.
+        shared: the row whose one noise all nodes of each row start from, ``(R,)``: of several wordings the first; None
+            for a noise of its own for each node.
     """
-    slot = torch.zeros_like(row) if shared else ranks(row)
-    z = noise.normal(START, row, slot, pipeline.shape(cond))
+    if shared is None:
+        z = noise.normal(START, row, ranks(row), pipeline.shape(cond))
+    else:
+        z = noise.normal(START, shared[row], torch.zeros_like(row), pipeline.shape(cond))
     return Nodes.enter(pipeline.start(z, t, cond[row]), row)
 
 

@@ -50,6 +50,7 @@ class Normalise:
         unbiased: divide the sum of squares by n - 1.
         eps: added to the std.
         clamp: bound of the result; None for no bound.
+        least: a group whose std is below this gets exactly 0: what is round-off of a mean is no advantage.
     """
 
     center: Scope = "group"
@@ -57,6 +58,7 @@ class Normalise:
     unbiased: bool = False
     eps: float = 1e-4
     clamp: float | None = 5.0
+    least: float = 0.0
 
     def __call__(self, values: Tensor, group: Tensor, batch: Tensor | None = None) -> Tensor:
         """Normalise ``values (N,)`` within ``group (N,)``; a group without variance gets exactly 0.
@@ -82,7 +84,8 @@ class Normalise:
         }[self.center]()
         out = values - mean
         if self.scale == "group":
-            out = out / (self._group_std(values, group, n)[group] + self.eps)
+            std = self._group_std(values, group, n)[group]
+            out = torch.where(std < self.least, 0.0, out / (std + self.eps))
         elif self.scale == "batch":
             out = out / (batch.std(correction=int(self.unbiased and len(batch) > 1)) + self.eps)
         return out if self.clamp is None else out.clamp(-self.clamp, self.clamp)
@@ -141,7 +144,7 @@ class Tree(Credit):
             softmax of their steps' log-densities per dimension (BranchGRPO's ``tree_prob_weighted``, TreeGRPO's edges).
     """
 
-    normalise: Normalise = field(default_factory=lambda: Normalise(unbiased=True, eps=1e-8))
+    normalise: Normalise = field(default_factory=lambda: Normalise(unbiased=True, eps=1e-8, least=1e-6))
     how: Literal["mean", "max", "probability"] | float = "mean"
 
     def __call__(self, experience: Experience) -> Levels:

@@ -255,8 +255,13 @@ def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> N
             f"fit.overlap = {options.overlap} scores in another thread, without gradients; this method backpropagates "
             "through its rewards. Set overlap to 1."
         )
-    if wants == "pairs" and options.size < 2:
+    if (wants == "pairs" or recipe.objective.paired) and options.size < 2:
         raise ValueError(f"preference pairs need size >= 2 samples per prompt; got {options.size}.")
+    if recipe.objective.paired and options.batch % 2:
+        raise ValueError(
+            f"this objective compares samples in pairs, and batches of {options.batch} would part one: set fit.batch "
+            "to an even number."
+        )
     grouped = getattr(getattr(recipe.credit, "normalise", None), "center", None) == "group"
     if wants in ("transitions", "leaves") and grouped and options.size < 2 and recipe.select is None:
         raise ValueError(

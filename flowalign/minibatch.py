@@ -18,7 +18,7 @@ from flowalign.options import FitOptions
 from flowalign.recipe import Recipe, trained_steps
 from flowalign.source import Draw
 from flowalign.thinning import live_groups
-from flowalign.trajectory import Transitions
+from flowalign.trajectory import Transitions, ranks
 
 __all__ = ["Minibatch", "minibatches"]
 
@@ -63,7 +63,7 @@ def minibatches(
     if not len(data):
         return []
     g = torch.Generator().manual_seed(mix(options.seed, iteration, 300 + update))
-    order = _order(data, g)
+    order = _in_pairs(data.row, g) if recipe.objective.paired else _order(data, g)
     return [Minibatch(data[index], experience.cond) for index in order.split(options.batch)]
 
 
@@ -76,12 +76,21 @@ def _order(data: Any, g: torch.Generator) -> Tensor:
     return torch.randperm(len(first), generator=g)[inverse].argsort(stable=True)
 
 
+def _in_pairs(row: Tensor, g: torch.Generator) -> Tensor:
+    """Return a random order in which a row's samples come in pairs, each time others; the odd one is a pair alone."""
+    by_row = torch.randperm(len(row), generator=g)
+    by_row = by_row[row[by_row].argsort(stable=True)]
+    _, pair = torch.unique(row[by_row] * len(row) + ranks(row[by_row]) // 2, return_inverse=True)
+    return by_row[torch.randperm(int(pair.max()) + 1, generator=g)[pair].argsort(stable=True)]
+
+
 def _wanted(recipe: Recipe, e: Experience, update: int) -> Any:
     wants = recipe.objective.wants
     if wants == "pairs":
         return pairs(e, recipe.objective.times, recipe.pairs, update)
     if wants == "paths":
-        return paths(e, None if recipe.credit is None else recipe.credit(e), update)
+        levels = set(trained_steps(recipe, e.trajectory.times))
+        return paths(e, None if recipe.credit is None else recipe.credit(e), update, levels)
     if wants == "leaves":
         return leaves(e, _leaf_weight(recipe, e), recipe.objective.times, update, _names(recipe, e))
     return _transitions(recipe, e)

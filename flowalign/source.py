@@ -53,6 +53,11 @@ class Draw:
     keys: tuple[int, ...]
     samples: Tensor
 
+    def leads(self) -> Tensor:
+        """Return the first row of each row's group, ``(R,)``."""
+        group = self.group.tolist()
+        return torch.tensor([group.index(g) for g in group])
+
     def part(self, groups: Sequence[int]) -> Draw:
         """Return the rows of some groups, renumbered from 0."""
         keep = [i for i, g in enumerate(self.group.tolist()) if g in set(groups)]

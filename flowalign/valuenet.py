@@ -72,7 +72,7 @@ class LatentValue(nn.Module):
 class ValueLearner(Learner):
     """Trains a latent value on the states of each iteration's rollout; also the value itself, by prompt row.
 
-    Targets are standardised by a running mean and deviation, so that the scale of the reward does not matter.
+    Targets are standardised by a running mean and the iteration's deviation: the reward's scale does not matter.
 
     Args:
         width: of the network.

@@ -114,6 +114,29 @@ def test_the_teacher_is_needed_less_by_the_good() -> None:
     assert "supervised" not in Clip(SDE, 1e-2)(Policy(WORLD), batch).terms
 
 
+@pytest.mark.parametrize("settings", [
+    {"ratio": "density"}, {"ratio": "per_dim"}, {"ratio": "mse"}, {"ratio": "guard"}, {"supervised": 0.7},
+    {"kl": 1.0, "kl_scale": "exact"}, {"kl": 1.0}, {"kl": 1.0, "kl_scale": "velocity"}, {"ratio": "guard", "kl": 0.5},
+], ids=str)  # fmt: skip
+def test_every_term_has_the_gradient_of_its_value(settings: dict) -> None:
+    """By finite differences in the velocity: nothing that depends on the policy is cut from the graph."""
+    world, batch = Moved(0.2), steps()
+    batch = replace(batch, target=torch.full_like(batch.x, 0.9))
+    policy = Policy(world, {"reference": Switch(lambda: Base(world))})
+    loss = Clip(SDE, None, **settings)
+
+    def total(delta: float) -> torch.Tensor:
+        world.delta = torch.tensor(delta, dtype=F64, requires_grad=True)
+        terms = loss(policy, batch).terms
+        assert all(v.requires_grad for v in terms.values()), "each of them alone"
+        return torch.stack(list(terms.values())).sum()
+
+    value = total(0.2)
+    (g,) = torch.autograd.grad(value, world.delta)
+    up, down = (float(total(0.2 + h).detach()) for h in (1e-5, -1e-5))
+    assert float(g) == pytest.approx((up - down) / 2e-5, rel=1e-5) and abs(float(g)) > 1e-3
+
+
 def test_noise_by_layer() -> None:
     """Dynamic-TreeRPO: the level rises linearly with depth, η (1 + growth · k/(K - 1))."""
     kernel = TreeGRPO(eta=0.4, splits=(0, 1), growth=0.5).recipe(TIMES).kernel
@@ -153,14 +176,40 @@ def test_backup_by_likelihood() -> None:
 
 
 def test_granularities_normalise_each_reward() -> None:
-    """G²RPO with two rewards: each is normalised in the group before they are weighted and added."""
-    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(6, 1, dtype=F64), torch.zeros(6).long()),
-                   noise=Noise(0))  # fmt: skip
+    """G²RPO with two rewards: each is normalised in the branch before they are weighted and added."""
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(1, 1, dtype=F64)), noise=Noise(0),
+                   select=Branch({2: 6}))  # fmt: skip
     rewards = {"a": torch.randn(6, dtype=F64), "b": 100 * torch.randn(6, dtype=F64)}
     e = experience(tree, rewards, {"a": 1.0, "b": 0.5}, 1)
     z = {k: (r - r.mean()) / (r.std() + 1e-8) for k, r in rewards.items()}
     credit = Granular(Cycle(TIMES, (2,)), strides=(1,))(e)
     assert torch.allclose(credit[3], z["a"] + 0.5 * z["b"], atol=1e-6)
+
+
+def test_granularities_compare_the_siblings_of_a_branch() -> None:
+    """Two branches of one prompt differ by their noises too: each is centred by itself; what stands out is cut at 5."""
+    one = Nodes.enter(torch.randn(2, 1, dtype=F64), torch.zeros(2).long())
+    tree = rollout(Policy(WORLD), SDE, TIMES, one, noise=Noise(0), select=Branch({2: 40}))
+    r = torch.randn(80, dtype=F64, generator=torch.Generator().manual_seed(3))
+    r[7], r[40:] = 50.0, 10 + 3 * r[40:]
+    credit = Granular(Cycle(TIMES, (2,)), strides=(1,))(experience(tree, {"r": r}, {"r": 1.0}, 1))[3]
+    z = torch.cat([(v - v.mean()) / v.std() for v in (r[:40], r[40:])])
+    assert z[7] > 5 and torch.allclose(credit, z.clamp(-5, 5), atol=1e-6)
+
+
+@pytest.mark.parametrize(("level", "stride", "left"), [(1, 2, (2, 4, 6, 8)), (2, 2, (3, 5, 7, 8)), (2, 3, (3, 6, 8)),
+                                                       (6, 3, (7, 8)), (7, 2, (8,))])  # fmt: skip
+def test_a_coarse_completion_always_reaches_data(level: int, stride: int, left: tuple[int, ...]) -> None:
+    """Every ``stride``-th time after the step, and data time whether or not the stride lands on it."""
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(1, 1, dtype=F64)), noise=Noise(0),
+                   select=Branch({level: 5}))  # fmt: skip
+    x = tree.at(level + 1).x
+    if len(left) > 1:
+        x = rollout(Policy(WORLD), EulerMaruyama(), TIMES[list(left)], Nodes.enter(x), noise=Noise(0)).leaves.x
+    e = replace(experience(tree, {"r": tree.leaves.x[:, 0]}, {"r": 0.5}, 1), scores=lambda x, i: {"r": x[:, 0]})
+    v = x[:, 0]
+    want = 0.5 * (v - v.mean()) / (v.std() + 1e-8)
+    assert torch.allclose(Granular(Cycle(TIMES, (level,)), strides=(stride,))(e)[level + 1], want, atol=1e-6)
 
 
 def test_one_value_network_serves_all() -> None:

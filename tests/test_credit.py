@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -156,7 +157,19 @@ def test_tree_credit_normalises_each_depth(how):
     for k, value in zip((0, 1, 2, 3, 4), (at[0], at[1], at[2], at[2], at[2]), strict=True):
         group = e.group[e.trajectory.at(k).row]
         assert torch.allclose(levels[k], Normalise(unbiased=True, eps=1e-8)(value, group), atol=1e-9), k
-    assert Tree() == Tree(Normalise(unbiased=True, eps=1e-8), "mean")
+    assert Tree() == Tree(Normalise(unbiased=True, eps=1e-8, least=1e-6), "mean")
+
+
+def test_nodes_that_differ_by_round_off_alone_have_no_advantage():
+    """BranchGRPO: 0 where the std is below 1e-6: the mean of .3, .6, .7 is another float than that of .7, .3, .6."""
+    e = experience(rows=2, select=Branch({0: 4, 1: 3}), group=torch.arange(2))
+    sets = torch.tensor([[0.3, 0.6, 0.7], [0.7, 0.3, 0.6], [0.6, 0.3, 0.7], [0.7, 0.6, 0.3]])
+    total = torch.cat([sets.flatten(), sets.flatten() + torch.arange(12) // 3 * 0.1])
+    levels = Tree()(replace(e, rewards={"a": total, "b": 0 * total}))
+    means = (sets[:, 0] + sets[:, 1] + sets[:, 2]) / 3
+    assert 0 < means.std() < 1e-6, "the sums do differ"
+    assert torch.equal(levels[1][:4], torch.zeros(4)) and (levels[1][4:].abs() > 0.3).all()
+    assert (levels[2][:12].abs() > 0.3).all(), "the leaves do too"
 
 
 def test_branches_that_died_out_are_neither_credited_nor_averaged_in():

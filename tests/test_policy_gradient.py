@@ -228,6 +228,23 @@ def test_history_by_hand() -> None:
     assert fresh.seen == credit.seen == {"a": [2.0, 5.0, 6.0], "b": [4.0, 0.0, 0.0]}
 
 
+def test_history_is_the_prompts_own_and_cuts_at_ten() -> None:
+    """What a prompt was worth is found again wherever its row is; an outlier of 12 standard deviations counts as 10."""
+    toy = Toy()
+    credit = History(size=200, least=2)
+    for prompts, total in ((["a", "b"], [1.0] * 150 + [7.0] * 2), (["b", "a"], [7.0] * 2 + [2.0])):
+        row = torch.tensor(
+            [prompts.index(p) for p in (["a"] * 150 + ["b"] * 2 if prompts[0] == "a" else ["b"] * 2 + ["a"])]
+        )
+        x = Nodes.enter(torch.zeros(len(row), 3, 2, 2), row)
+        tree = rollout(Policy(toy), SDE, toy.times(2), x, toy.encode(prompts), noise=Noise(0))
+        e = Experience(Policy(toy), tree, toy.encode(prompts), torch.tensor([0, 1]),
+                       {"r": torch.tensor(total)}, {"r": 1.0}, lambda x, i: {})  # fmt: skip
+        out = credit(e)[-1]
+    assert out.tolist() == pytest.approx([0.0, 0.0, 10.0], abs=1e-3)
+    assert len(credit.seen["a"]) == 151 and credit.seen["b"] == [7.0] * 4
+
+
 def test_calibration_finds_the_level() -> None:
     """ψ rises while signs are balanced and falls where noise drowns them: it settles where balance ends."""
     right = torch.tensor([0.30, 0.80], dtype=F64)
@@ -347,6 +364,10 @@ def test_random_steps_keep_a_fraction_of_each_sample() -> None:
     kept = random_steps(0.5)(steps, e)
     assert (torch.bincount(kept.child) == 4).all() and len(set(kept.level[kept.child == 0].tolist())) == 4
     assert not torch.equal(kept.level[kept.child == 0], kept.level[kept.child == 1])
+    for other in (replace(e, iteration=1), replace(e, seed=1)):
+        assert not torch.equal(
+            kept.level * 100 + kept.child, (lambda k: k.level * 100 + k.child)(random_steps(0.5)(steps, other))
+        )
 
 
 def test_extremes_and_live_groups_and_targets() -> None:
@@ -488,6 +509,7 @@ def test_methods_are_listed_with_their_presets(capsys) -> None:
 
 
 def test_constant_law_is_dance() -> None:
-    """DanceGRPO's kernel is the constant law."""
-    recipe = DanceGRPO(eta=0.3).recipe(TIMES)
-    assert isinstance(recipe.kernel, EulerMaruyama) and recipe.kernel.law == Constant(0.3)
+    """DanceGRPO's kernel is the constant law, and the ODE into data."""
+    kernel = DanceGRPO(eta=0.3).recipe(TIMES).kernel
+    assert isinstance(kernel, Windowed) and kernel.inside == EulerMaruyama(Constant(0.3))
+    assert kernel.outside == EulerMaruyama()

@@ -101,7 +101,7 @@ class B2DiffuRL(Training):
     clip: float = 0.1
 
     def recipe(self, times: Tensor) -> Recipe:
-        """Return the choices."""
+        """Return the choices; the step into clean data draws no noise, so it is sampled and not trained."""
         steps = len(times) - 1
         window = Growing(times, max(1, round(self.low * steps)), max(1, round(self.high * steps)), self.stages)
         kernel = Ancestral(Ddim(self.eta))
@@ -111,7 +111,7 @@ class B2DiffuRL(Training):
             credit=Siblings(window, self.margin),
             select=BranchAt(window, self.width),
             roots=lambda n: max(1, n // self.width),
-            trained=window.trained,
+            trained=lambda level, t, s: s > 0 and window.trained(level, t, s),
             learners=(window,),
         )
 

@@ -2,6 +2,7 @@
 
     mean = x + [v + η²/2 ε̂/σ](s - t),  std = η √(t - s)       A = (r - mean_group) / (std_group + 1e-8), unbiased std
 
+The last step is the ODE's, which leads to x̂0: what is decoded and judged holds no noise of a step.
 Its two tricks: all samples of a group start from the same noise, and of a large group only the best and worst are
 trained.
 """
@@ -15,16 +16,26 @@ from typing import ClassVar
 from torch import Tensor
 
 from flowalign.credit import Group, Normalise
-from flowalign.kernels import EulerMaruyama
+from flowalign.kernels import EulerMaruyama, Windowed
 from flowalign.laws import Constant
-from flowalign.methods.base import Preset, Training
+from flowalign.methods.base import Preset, Training, levels_between
 from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora
 from flowalign.recipe import Recipe
 from flowalign.thinning import Thin, chain, extremes, random_steps
 
-__all__ = ["DanceGRPO"]
+__all__ = ["DanceGRPO", "dance_kernel"]
+
+
+def dance_kernel(eta: float, times: Tensor) -> Windowed:
+    """Return constant noise on all steps but the last, which ends at x̂0; a sampler of one step draws noise there.
+
+    Args:
+        eta: noise level.
+        times: ``(K + 1,)`` of the sampler.
+    """
+    return Windowed(EulerMaruyama(Constant(eta)), levels_between(times, 0, max(len(times) - 2, 1)))
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,14 @@ class DanceGRPO(Training):
     per_reward: bool = False
 
     def recipe(self, times: Tensor) -> Recipe:
-        """Return the choices; the last step is not trained."""
-        kernel = EulerMaruyama(Constant(self.eta))
-        last = len(times) - 2
+        """Return the choices; the last step draws no noise and is not trained."""
+        kernel = dance_kernel(self.eta, times)
         parts: list[Thin] = [extremes(self.keep, self.keep)] if self.keep else []
         return Recipe(
             kernel,
             Clip(kernel, self.clip),
             credit=Group(Normalise(unbiased=True, eps=1e-8), self.per_reward),
             shared_noise=self.shared_noise,
-            trained=lambda level, t, s: level < last or last == 0,
             thin=chain(*parts, random_steps(self.fraction)),
         )
 
@@ -73,7 +82,9 @@ class DanceGRPO(Training):
         return {
             "published": Preset(
                 cls(),
-                FitOptions(iterations=300, groups=8, size=12, steps=16, batch=1, accumulate=12, lr=1e-5),
+                FitOptions(
+                    iterations=300, groups=8, size=12, steps=16, batch=1, accumulate=12, lr=1e-5, max_grad_norm=0.01
+                ),
                 None,
                 ema=0.995,
                 note="FLUX.1-dev 720 px, shift 3, guidance embedding 3.5, all weights. Not run here.",

@@ -3,7 +3,7 @@
     x_s ~ N( DDIM mean, η² σ̃² ),  η = 1      A = (r - mean_prompt) / (std_prompt + 1e-6), clamped to ±10
 
 Mean and standard deviation are those of the prompt's last 16 rewards, whatever iteration they came from; a prompt with
-fewer is compared with the batch. Every step of the chain is trained.
+fewer is compared with the batch. Every step of the chain that draws noise is trained: into clean data σ̃ is 0.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class DDPO(Training):
             kernel,
             Clip(kernel, self.clip),
             credit=History(self.buffer, self.least),
-            trained=lambda level, t, s: s > 0 or bool(kernel.stochastic(t, s)),
+            trained=lambda level, t, s: s > 0,
         )
 
     @classmethod

@@ -5,8 +5,9 @@
     credit     PPO(A_outcome) + PPO(A_process,k):  A_process from V_φ(x_{k+1}) in the group at each step
 
 V_φ is the toolkit's latent value network, learnt from the same rollouts. With scale 0 and process weight 0 this is
-DanceGRPO bit for bit, and with ``noise_law = "flow"`` Flow-GRPO. ``scale`` multiplies the gradient added to the mean;
-the kernel's proposal adds std² times what a guide gives, so the guide gives ``scale / std² · ∇V``.
+DanceGRPO bit for bit, and with ``noise_law = "flow"`` Flow-GRPO; their last step, which nobody is trained on, is not
+guided either: the push would stay in the picture. ``scale`` multiplies the gradient added to the mean; the kernel's
+proposal adds std² times what a guide gives, so the guide gives ``scale / std² · ∇V``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 from flowalign.credit import Credit, Group, Levels, Normalise
 from flowalign.experience import Experience
 from flowalign.guidance import Along
-from flowalign.kernels import EulerMaruyama
+from flowalign.kernels import EulerMaruyama, Kernel
 from flowalign.laws import Constant, FlowGrpo, NoiseLaw
 from flowalign.methods.base import Preset, Training, levels_between
+from flowalign.methods.dance_grpo import dance_kernel
 from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
 from flowalign.process import Posterior, Time
@@ -101,7 +103,8 @@ class Euphonium(Training):
         """Return the choices; the last step is neither guided nor trained."""
         steps = len(times) - 1
         law: NoiseLaw = Constant(self.eta) if self.noise_law == "constant" else FlowGrpo(self.eta)
-        kernel, value = EulerMaruyama(law), ValueLearner(self.width)
+        kernel: Kernel = dance_kernel(self.eta, times) if self.noise_law == "constant" else EulerMaruyama(law)
+        value = ValueLearner(self.width)
         guide = self._guide(times, law, value) if self.scale else None
         return Recipe(
             kernel,
@@ -116,8 +119,9 @@ class Euphonium(Training):
 
     def _guide(self, times: Tensor, law: NoiseLaw, value: ValueLearner) -> Along:
         grid = torch.as_tensor(times, dtype=torch.float64)
-        first = min(round(self.start * (len(grid) - 1)), len(grid) - 2)
-        late = levels_between(times, first, len(grid) - 1)
+        last = max(len(grid) - 2, 1)
+        first = min(round(self.start * (len(grid) - 1)), last - 1)
+        late = levels_between(times, first, last)
 
         def push(x: Tensor, posterior: Posterior, t: Time, row: Tensor) -> Tensor:
             k = int((grid - float(t)).abs().argmin())

@@ -2,8 +2,8 @@
 
 One ODE from one noise; at step k a group branches with one SDE step and goes on by the ODE, so the rewards of the group
 differ by that step alone. From the states after the step the ODE is done again with strides λ = 1, 2, ...; the
-advantage is normalised per stride and per reward, and summed. One forward serves the whole group before the branch; one
-level is trained per iteration, in turn.
+advantage is normalised per stride and per reward among the siblings of a branch, and summed. One forward serves them
+all before the branch; one level is trained per iteration, in turn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Granular(Credit):
     Attributes:
         window: says which level branched.
         strides: λ; 1 is the rollout itself.
-        normalise: per stride and per reward within the group.
+        normalise: per stride and per reward within the branch.
     """
 
     window: Cycle
@@ -51,12 +51,12 @@ class Granular(Credit):
         e = experience
         level = self.window.bounds[0] + 1
         nodes = e.trajectory.at(level)
-        group = e.group[nodes.row]
+        branch = nodes.parent  # another one began with another noise: its rewards differ by more than this step
         total = torch.zeros(len(nodes), dtype=e.total.dtype, device=e.total.device)
         for stride in self.strides:
             rewards = e.rewards if stride == 1 else self._coarse(e, nodes, level, stride)
             for name, r in rewards.items():
-                total = total + e.weights[name] * self.normalise(r.detach().to(total), group)
+                total = total + e.weights[name] * self.normalise(r.detach().to(total), branch)
         out: Levels = [None] * len(e.trajectory.levels)
         out[level] = total.clamp(-self.clamp, self.clamp)
         return out

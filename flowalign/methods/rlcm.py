@@ -5,8 +5,9 @@
 Schedulers of few-step models may end their grid just before data (diffusers' at σ = .001). A step into such a time
 draws next to no noise; its density would be far sharper than the others' and outweigh them, so it is not trained.
 
-Loss: PPO's clip, or REBEL (2404.16767): regress the difference of log-ratios of two samples of a group on the
-difference of their advantages, ``((Δ log ρ)/η - ΔA)²``.
+Loss: PPO's clip on each step, or REBEL (2404.16767): regress the difference of log-ratios of two samples of a prompt on
+the difference of their advantages, ``(Δ log ρ / η - ΔA)²``, where ``log ρ`` is that of the whole chain, summed over its
+steps. A sample is compared with one of its own prompt: what the prompt alone is worth cancels there, and only there.
 """
 
 from __future__ import annotations
@@ -15,40 +16,67 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from flowalign.batches import Paths
 from flowalign.credit import Group, Normalise
 from flowalign.kernels import Ancestral, Kernel
 from flowalign.laws import Consistency
 from flowalign.methods.base import Preset, Training
-from flowalign.objectives.base import Losses, summary
+from flowalign.nodes import ranks
+from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
 from flowalign.policy import Policy
 from flowalign.prepare import Lora
 from flowalign.recipe import Recipe
-from flowalign.trajectory import Transitions
 
 __all__ = ["RLCM", "Rebel"]
 
 
-class Rebel(Clip):
-    """REBEL's regression on pairs of the minibatch: neighbours in its order are compared."""
+class Rebel(Objective):
+    """REBEL's regression on pairs of chains of one prompt: the first and second of it in a minibatch, and so on.
+
+    Args:
+        kernel: the law under which the steps were taken.
+        eta: inverse weight of the log-ratio.
+    """
+
+    wants: ClassVar[Wants] = "paths"
+    paired: ClassVar[bool] = True
+    epsilon: ClassVar[None] = None
 
     def __init__(self, kernel: Kernel, eta: float = 1.0) -> None:
-        super().__init__(kernel, None)
-        self.eta = eta
+        super().__init__()
+        self.kernel, self.eta = kernel, eta
 
-    def forward(self, policy: Policy, batch: Transitions, cond: Any = None) -> Losses:
-        """Return the squared error of the relative reward."""
-        posterior = policy.posterior(batch.x, batch.t, None if cond is None else cond[batch.row])
-        law, _ = self.kernel(batch.x, posterior, batch.t, batch.s)
-        log_ratio = self.log_ratio(law, batch)
-        assert batch.weight is not None
-        advantage = batch.weight.to(log_ratio)
-        gap = (log_ratio - log_ratio.roll(1)) / self.eta - (advantage - advantage.roll(1))
-        loss = (gap**2).mean()
-        return Losses({"policy": loss}, {"gap": summary(gap.abs()), "ratio": summary(log_ratio.exp())})
+    def forward(self, policy: Policy, batch: Paths, cond: Any = None) -> Losses:
+        """Return the squared error of the relative reward; a chain without a partner in the minibatch is left out."""
+        s = batch.steps
+        posterior = policy.posterior(s.x, s.t, None if cond is None else cond[s.row])
+        law, _ = self.kernel(s.x, posterior, s.t, s.s)
+        delta = (law.log_prob(s.x_next) - s.log_prob) / s.x[0].numel()
+        path, zero = batch.path.to(delta.device), delta.new_zeros(len(batch))
+        log_ratio = zero.index_add(0, path, delta)
+        assert s.weight is not None
+        # every step of a chain has the chain's advantage
+        advantage = zero.index_add(0, path, s.weight.to(delta)) / torch.bincount(path, minlength=len(batch))
+        first, second = (i.to(delta.device) for i in partners(batch.row))
+        gap = (log_ratio[first] - log_ratio[second]) / self.eta - (advantage[first] - advantage[second])
+        pairs, ratio = max(len(first), 1), log_ratio.detach().exp()
+        return Losses(
+            {"policy": (gap**2).sum() / pairs},
+            {"gap": gap.detach().abs().sum() / pairs, "ratio": summary(ratio), "ratio_gap": (ratio - 1).abs().max()},
+        )
+
+
+def partners(row: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whom to compare: the first and second of each row ``(B,)``, the third and fourth, ..."""
+    by_row = torch.argsort(row, stable=True)
+    odd = ranks(row)[by_row] % 2 == 1
+    second = odd.nonzero().flatten()
+    return by_row[second - 1], by_row[second]
 
 
 @dataclass(frozen=True)

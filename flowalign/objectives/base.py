@@ -28,10 +28,17 @@ class Objective(nn.Module, ABC):
 
     Its own parameters (log Z, flow networks) are trained with the policy's. ``roles`` names the policy roles that it
     evaluates, so that the loop prepares them and no reference pass happens where none is used.
+
+    Attributes:
+        wants: what it trains on.
+        shaped: whether something in it depends on the shape of a state; see prepare.
+        paired: whether it compares two samples of a prompt: they then lie side by side in the order of minibatches.
+        times: of re-noised samples.
     """
 
     wants: ClassVar[Wants]
-    shaped: ClassVar[bool] = False  # whether something in it depends on the shape of a state; see prepare
+    shaped: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
     times: TimeLaw = TimeLaw()
 
     @property
