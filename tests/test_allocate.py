@@ -116,6 +116,31 @@ def test_resumes_bitwise(by: str, tmp_path: Path) -> None:
     assert a == b and a["variance"]["dull b"] == 0 < a["variance"]["a"]
 
 
+def test_wordings_are_one_prompt() -> None:
+    """The variance is that of the whole group and is remembered under the prompt's own words, which are asked for."""
+    prompts = [Prompt("a", variants=("aa", "aaa")), Prompt("b")]
+    source = Adaptive(prompts, Allocation("size", memory=0.25))
+    draw = Prompts(prompts).draw(0, 2, 3)
+    row = torch.arange(len(draw.prompts)).repeat_interleave(draw.samples)
+    order = [draw.prompts.index(p) for p in ("a", "aa", "aaa", "b")]
+    total = torch.empty(6)
+    for r, values in zip(order, ([0.0], [1.0], [2.0], [5.0, 5.0, 5.0]), strict=True):
+        total[row == r] = torch.tensor(values)
+    source.observe(draw, total, row)
+    source.observe(draw, 3 * total, row)
+    assert source.variance == {"a": 0.25 * 1 + 0.75 * 9, "b": 0.0}
+
+
+def test_draws_are_the_seeds_and_go_on() -> None:
+    """Other seeds, other prompts; by size the iterations read on through the epochs as even allocation does."""
+    names = [f"p{i}" for i in range(9)]
+    drawn = [[Adaptive(names, Allocation("prompt"), s).draw(i, 3, 2).prompts for i in range(5)] for s in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    source = Adaptive(names, Allocation("size"), 4)
+    for i in range(4):
+        assert source.draw(i, 3, 4).prompts == Prompts(names, 4).draw(i, 3, 4).prompts
+
+
 def test_dull_prompts_get_the_least() -> None:
     """After a look at every prompt, those whose rewards never differ get the least there is; trees get whole units."""
     source = make_source(["a", "dull b"], Allocation("size", least=2))
