@@ -129,7 +129,12 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     # the runs start, judge their small exam, are judged, and write reports outside the time they train in
     left = options.total - (time.perf_counter() - began) - 1.2 * judged - 30
     seconds = max(left, 5.0)
-    runs = [Child.start(m, m, options, seconds, *more) for m in ("flow-grpo", "diffusion-nft")]
+    # a longer run of the noisier gradient goes as far in smaller steps, and its random walk is shorter
+    calm = ["--fit.lr", "2e-4"] if options.full and not options.options else []
+    runs = [
+        Child.start("flow-grpo", "flow-grpo", options, seconds, *more, *calm),
+        Child.start("diffusion-nft", "diffusion-nft", options, seconds, *more),
+    ]
     wait(runs, progress)
     labels = ["Flow-GRPO", "DiffusionNFT", _hack(options)[0]]
     folders = [*(r.folder for r in runs), Folder(options.output / "hacked")]

@@ -82,6 +82,7 @@ class World:
 
 ROWS: dict[str, Settings] = {
     "flow-grpo": {"name": "flow-grpo", "kl": 0.0},
+    "permuted": {"name": "flow-grpo", "kl": 0.0, "permute": True},
     "flow-sde": {"name": "flow-grpo", "kl": 0.0, "noise": 0.7, "noise_law": "flow", "window": None, "ratio": "per_dim",
                  "clip": 1e-3},
     "grpo-guard": {"name": "grpo-guard"},
@@ -106,7 +107,8 @@ FEW_STEPS: dict[str, Settings] = {
 }
 """Rows of a consistency model."""
 SHORT = (
-    "flow-grpo", "tp-grpo", "flow-sde", "dense-grpo", "dance-grpo", "branch-grpo", "euphonium", "ddpo", "b2-diffurl"
+    "flow-grpo", "permuted", "tp-grpo", "flow-sde", "dense-grpo", "dance-grpo", "branch-grpo", "euphonium", "ddpo",
+    "b2-diffurl",
 )  # fmt: skip
 
 CLIP: dict[str, Settings] = {row: {"clip": 1e-2} for row in ROWS}
@@ -161,9 +163,9 @@ WORLDS = {
 
 
 STEPS_AN_ITERATION = {
-    "flow-grpo": 2, "tp-grpo": 3, "flow-sde": 4, "dense-grpo": 4, "dance-grpo": 2, "euphonium": 2, "branch-grpo": 2,
-    "dynamic-treerpo": 2, "branch-grpo-pruned": 2, "ddpo": 4, "b2-diffurl": 3, "mix-grpo": 2, "flow-grpo-fast": 2,
-    "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
+    "flow-grpo": 2, "permuted": 2, "tp-grpo": 3, "flow-sde": 4, "dense-grpo": 4, "dance-grpo": 2, "euphonium": 2,
+    "branch-grpo": 2, "dynamic-treerpo": 2, "branch-grpo-pruned": 2, "ddpo": 4, "b2-diffurl": 3, "mix-grpo": 2,
+    "flow-grpo-fast": 2, "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
 }  # fmt: skip
 """Optimiser steps of a row's iteration on ``shapes-short``: trained transitions over the batch of 192, rounded up."""
 
@@ -177,7 +179,8 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
     if rate is None and world.walk is not None:
         rate = world.walk / STEPS_AN_ITERATION[row] ** 0.5
     fit = {**world.data.get("fit", {}), "seed": seed, "iterations": 10**9, **({"lr": rate} if rate else {})}
-    data = {"device": device, **world.data, "method": method, "fit": fit, "trackers": []}
+    data = {"device": device, **world.data, "permute": method.pop("permute", False), "method": method, "fit": fit}
+    data["trackers"] = []
     data["evaluation"] = {**data.get("evaluation", {}), "images": world.images}
     return compose(data, None, where=row)
 
