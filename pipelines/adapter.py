@@ -31,6 +31,7 @@ from flowalign.pipelines.convention import Convention
 from flowalign.pipelines.decode import Decoder
 from flowalign.pipelines.iterate import begin, evaluate
 from flowalign.pipelines.knowledge import Knowledge
+from flowalign.pipelines.latents import MediaEncoder
 from flowalign.pipelines.memo import Memo
 from flowalign.pipelines.memory import Setting, chosen, same_setting
 from flowalign.pipelines.reading import convention
@@ -88,6 +89,7 @@ class Adapter:
         self.known = Knowledge(self)
         self.batching = Batching(self)
         self.decoder = Decoder(self)
+        self.media_encoder = MediaEncoder(self.decoder)
         self.sdpa: str | None = None
         self.setting: Setting | None = None
         self.pending = check
@@ -245,6 +247,7 @@ class Adapter:
         self.batching = Batching(self)
         self.memo.forget()
         self.decoder = Decoder(self)
+        self.media_encoder = MediaEncoder(self.decoder)
 
     def free_encoders(self) -> list[str]:
         """Move the encoders to the CPU; they come back for the length of a call when a new prompt is encoded."""
@@ -297,7 +300,7 @@ class Adapter:
 
     def latents(self, media: Tensor, cond: Inputs) -> Tensor:
         """Return clean states ``(B, *shape)`` of media: the way in."""
-        return self.decoder.latents(media, cond)
+        return self.media_encoder(media, cond)
 
     # -- LoRA --------------------------------------------------------------------------------------------------
     @property

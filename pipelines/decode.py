@@ -1,4 +1,4 @@
-"""From states to media and back, through the pipeline's own code.
+"""From states to media, through the pipeline's own code; the way back is :mod:`flowalign.pipelines.latents`.
 
 Decoding runs the pipeline's call with no iteration at all, so that what follows the loop (unpacking, normalisation,
 VAE, postprocessing) is its own. Where later variables are only bound inside the loop, one iteration runs whose ``step``
@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from flowalign.pipelines.frames import Decode, Layout, choose, read_sketch, sketching
-from flowalign.pipelines.latents import Unpacking, encode_media, learn_unpacking
 from flowalign.pipelines.patching import swapped
 from flowalign.pipelines.session import Halt, Visit
 from flowalign.pipelines.straight import StraightThrough
-from flowalign.protocols import check_media
 from flowalign.replay import checkpointed
 
 if TYPE_CHECKING:
     from flowalign.pipelines.adapter import Adapter
     from flowalign.pipelines.condition import Inputs
 
-__all__ = ["Decoder"]
+__all__ = ["AUTOENCODERS", "Decoder"]
 
 AUTOENCODERS = ("vae", "vqvae", "movq", "vqgan")
 
@@ -40,7 +38,6 @@ class Decoder:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.ways: dict[Any, str] = {}
-        self.unpackings: dict[Any, Unpacking] = {}
         self.unscaled: dict[Any, bool] = {}
         self.layouts: dict[Any, Layout] = {}
 
@@ -77,7 +74,7 @@ class Decoder:
             return 1
         one = cond[torch.tensor([0])]
         plan = self.adapter.known.plan(one)
-        device = next(self._vae().parameters()).device
+        device = next(self.vae().parameters()).device
         layout = self._layout(torch.zeros(1, *plan.shape, device=device), one)
         return layout.count if layout.folded and layout.source is not None else 1
 
@@ -103,12 +100,17 @@ class Decoder:
         with self._through(choose(self._own(), layout, wanted)):
             return self._decode(x, cond)
 
+    def vae(self) -> Any:
+        """Return the pipeline's autoencoder, under whichever name."""
+        modules = self.adapter.tap.modules()
+        return next(modules[name] for name in AUTOENCODERS if name in modules)
+
     def _own(self) -> Decode:
-        own: Decode = self._vae().decode
+        own: Decode = self.vae().decode
         return own
 
     def _through(self, decode: Decode) -> AbstractContextManager[None]:
-        return swapped(self._vae(), "decode", decode)
+        return swapped(self.vae(), "decode", decode)
 
     def _finite(self, media: Tensor, x: Tensor) -> None:
         """Refuse what a half-precision autoencoder has overflowed on; looked at where that costs no synchronisation."""
@@ -152,7 +154,7 @@ class Decoder:
             key = (cond.rows[0].kind, cond.guided)
             if key not in self.unscaled:
                 self.unscaled[key] = self._leaves_range(way, x.detach(), cond)
-            media = self._media(self._session(way, x, cond))
+            media = self._media(self.session(way, x, cond))
             if self.adapter.modality == "audio":
                 return media.clamp(-1.0, 1.0)
             return (media / 2 + 0.5 if self.unscaled[key] else media).clamp(0.0, 1.0)
@@ -173,10 +175,10 @@ class Decoder:
             return out
 
         with swapped(modules[name], "decode", decode):
-            media = self._media(self._session(way, x, cond))
+            media = self._media(self.session(way, x, cond))
         return len(caught) == 1 and media.shape == caught[0].shape and torch.equal(media, caught[0])
 
-    def _session(self, way: str, x: Tensor, cond: Inputs) -> Any:
+    def session(self, way: str, x: Tensor, cond: Inputs) -> Any:
         """Run what follows the loop: after no iteration at all, or after one whose ``step`` returns the states."""
         adapter, plan = self.adapter, self.adapter.known.plan(cond)
         parts, steps = plan.unpack(x), adapter.known.two(cond)
@@ -197,7 +199,7 @@ class Decoder:
             raise Halt
 
         with self._through(decode):
-            self._session("zero" if self.adapter.known.plan(cond).way == "P" else "step", x, cond)
+            self.session("zero" if self.adapter.known.plan(cond).way == "P" else "step", x, cond)
         if not caught:
             raise ValueError("vae.decode was never called")
         media = caught[0]
@@ -216,70 +218,6 @@ class Decoder:
         if media.ndim == want + 1 and self.adapter.modality == "image" and 1 in (media.shape[1], media.shape[2]):
             media = media.squeeze(1 if media.shape[1] == 1 else 2)  # a video model's single frame
         return media
-
-    # -- the way in ------------------------------------------------------------------------------------------------
-    def latents(self, media: Tensor, cond: Inputs) -> Tensor:
-        """Return clean states of media; see :mod:`flowalign.pipelines.latents`.
-
-        Raises:
-            ValueError: for media of the wrong kind or size.
-        """
-        check_media(media, self.adapter.modality)
-        plan = self.adapter.known.plan(cond)
-        if not self.adapter.tap.modules().keys() & set(AUTOENCODERS):
-            states = media * 2 - 1  # the loop works on pixels
-        else:
-            key = (cond.rows[0].kind, cond.guided)
-            if key not in self.unpackings:
-                self.unpackings[key] = self._learn(cond[torch.tensor([0])])
-            unpacking = self.unpackings[key]
-            z = encode_media(self._vae(), media, unpacking.latent)
-            if z.shape[1] != unpacking.scale.numel():
-                raise ValueError(
-                    f"media of shape {tuple(media.shape)} encode to {z.shape[1]} numbers per sample, but states here "
-                    f"have {unpacking.scale.numel()}. Resize the media to what the pipeline makes with these arguments."
-                )
-            states = unpacking.invert(z)
-        if tuple(states.shape[1:]) != plan.shape:
-            raise ValueError(
-                f"media of shape {tuple(media.shape)} are states {tuple(states.shape)}; want {plan.shape}."
-            )
-        return states
-
-    def _vae(self) -> Any:
-        modules = self.adapter.tap.modules()
-        return next(modules[name] for name in AUTOENCODERS if name in modules)
-
-    @torch.no_grad()
-    def _learn(self, cond: Inputs) -> Unpacking:
-        plan = self.adapter.known.plan(cond)
-        if len(plan.shapes) > 1:
-            raise ValueError(
-                f"the states of {type(self.adapter.pipe).__name__} have several parts; media cannot be inverted."
-            )
-        vae = self._vae()
-
-        def prefix(x: Tensor) -> Tensor:
-            caught: list[Tensor] = []
-
-            def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-                caught.append(z)
-                if sum(len(c) for c in caught) >= folded[0]:
-                    raise Halt
-                return type(vae).decode(vae, z, *args, **kwargs)
-
-            with swapped(vae, "decode", decode):
-                way = "step" if plan.way == "S" or plan.settle else "zero"
-                self._session(way, x, cond)
-            return torch.cat(caught)
-
-        folded = [1]
-        like = torch.zeros(1, dtype=plan.dtypes[0], device=next(vae.parameters()).device)
-        try:
-            return learn_unpacking(prefix, plan.shape, like)
-        except ValueError:
-            folded[0] = 1 << 30  # frames may come folded into the batch, a chunk at a time: let all of them pass
-            return learn_unpacking(prefix, plan.shape, like)
 
 
 def _carries(media: Tensor, x: Tensor) -> bool:

@@ -10,12 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Unpacking", "encode_media", "learn_unpacking"]
+from flowalign.pipelines.decode import AUTOENCODERS, Decoder
+from flowalign.pipelines.patching import swapped
+from flowalign.pipelines.session import Halt
+from flowalign.protocols import check_media
+
+if TYPE_CHECKING:
+    from flowalign.pipelines.condition import Inputs
+
+__all__ = ["MediaEncoder", "Unpacking", "encode_media", "learn_unpacking"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,3 +103,74 @@ def encode_media(vae: Any, media: Tensor, latent: tuple[int, ...]) -> Tensor:
     else:
         z = dist if isinstance(dist, Tensor) else dist.mode()
     return z.reshape(batch, -1)
+
+
+class MediaEncoder:
+    """Media of one adapter to states; remembers the map of each kind of call.
+
+    Args:
+        decoder: the way out, whose map is learnt and inverted.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.adapter, self.decoder = decoder.adapter, decoder
+        self.unpackings: dict[Any, Unpacking] = {}
+
+    def __call__(self, media: Tensor, cond: Inputs) -> Tensor:
+        """Return clean states ``(B, *shape)`` of media.
+
+        Raises:
+            ValueError: for media of the wrong kind or size.
+        """
+        check_media(media, self.adapter.modality)
+        plan = self.adapter.known.plan(cond)
+        if not self.adapter.tap.modules().keys() & set(AUTOENCODERS):
+            states = media * 2 - 1  # the loop works on pixels
+        else:
+            key = (cond.rows[0].kind, cond.guided)
+            if key not in self.unpackings:
+                self.unpackings[key] = self._learn(cond[torch.tensor([0])])
+            unpacking = self.unpackings[key]
+            z = encode_media(self.decoder.vae(), media, unpacking.latent)
+            if z.shape[1] != unpacking.scale.numel():
+                raise ValueError(
+                    f"media of shape {tuple(media.shape)} encode to {z.shape[1]} numbers per sample, but states here "
+                    f"have {unpacking.scale.numel()}. Resize the media to what the pipeline makes with these arguments."
+                )
+            states = unpacking.invert(z)
+        if tuple(states.shape[1:]) != plan.shape:
+            raise ValueError(
+                f"media of shape {tuple(media.shape)} are states {tuple(states.shape)}; want {plan.shape}."
+            )
+        return states
+
+    @torch.no_grad()
+    def _learn(self, cond: Inputs) -> Unpacking:
+        plan = self.adapter.known.plan(cond)
+        if len(plan.shapes) > 1:
+            raise ValueError(
+                f"the states of {type(self.adapter.pipe).__name__} have several parts; media cannot be inverted."
+            )
+        vae = self.decoder.vae()
+
+        def prefix(x: Tensor) -> Tensor:
+            caught: list[Tensor] = []
+
+            def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+                caught.append(z)
+                if sum(len(c) for c in caught) >= folded[0]:
+                    raise Halt
+                return type(vae).decode(vae, z, *args, **kwargs)
+
+            with swapped(vae, "decode", decode):
+                way = "step" if plan.way == "S" or plan.settle else "zero"
+                self.decoder.session(way, x, cond)
+            return torch.cat(caught)
+
+        folded = [1]
+        like = torch.zeros(1, dtype=plan.dtypes[0], device=next(vae.parameters()).device)
+        try:
+            return learn_unpacking(prefix, plan.shape, like)
+        except ValueError:
+            folded[0] = 1 << 30  # frames may come folded into the batch, a chunk at a time: let all of them pass
+            return learn_unpacking(prefix, plan.shape, like)
