@@ -14,7 +14,8 @@ from flowalign.fit import fit
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo
 from flowalign.methods.dance_grpo import DanceGRPO
-from flowalign.methods.dense_grpo import DenseGRPO
+from flowalign.methods.ddpo import DDPO, History
+from flowalign.methods.dense_grpo import Calibration, DenseGRPO
 from flowalign.methods.flow_grpo import FlowGRPO
 from flowalign.methods.g2rpo import G2RPO
 from flowalign.methods.mix_grpo import MixGRPO
@@ -26,7 +27,7 @@ from flowalign.options import FitOptions
 from flowalign.policy import Policy
 from flowalign.prepare import prepare
 from flowalign.scorer import Scorer
-from flowalign.source import Prompts
+from flowalign.source import Prompt, Prompts, make_draw
 from tests.toy import Bright, Toy
 
 STEPS = 6
@@ -177,6 +178,47 @@ def test_updates_and_batches() -> None:
     assert toy.sizes == [16] * 6 + [32, 32, 16] * 2 and metrics[0]["ratio_gap"] > 0
     _, _, metrics = once(method, OPTIONS)
     assert metrics[0]["ratio_gap"] < 1e-5, "on-policy before the first step of the optimiser"
+    _, collector, draw, e, _ = sampled(method)
+    orders = []
+    for update in (0, 1):
+        (batch,) = minibatches(collector.recipe, collector, e, draw, OPTIONS, 0, update)
+        orders.append(list(zip(batch.data.level.tolist(), batch.data.child.tolist(), strict=True)))
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1], "each update in an order of its own"
+
+
+def test_unequal_groups_part_from_their_shared_starts() -> None:
+    """Allocation by size: each prompt has one start and as many samples as it was given."""
+    toy, collector, _, _, _ = sampled(DanceGRPO(eta=0.5))
+    toy.sizes.clear()
+    e = collect(collector, make_draw([Prompt("a"), Prompt("b")], [6, 2]), 0)
+    assert torch.bincount(e.trajectory.leaves.row).tolist() == [6, 2] and toy.sizes == [2] + [8] * (STEPS - 1)
+
+
+def test_an_iteration_is_credited_once_and_then_learnt_from() -> None:
+    """However many updates: DDPO's history holds each reward once; a window moves when the iteration is over."""
+    toy = Toy()
+    for method in (DDPO(clip=1e-2, buffer=100, least=2), MixGRPO(width=1, period=1, clip=1e-2)):
+        recipe = method.recipe(toy.times(STEPS))
+        policy, parameters = prepare(toy, None, recipe.roles)
+        options = replace(OPTIONS, iterations=2, updates=3, groups=1)
+        metrics = list(fit(toy, Scorer(toy, {"r": Bright()}), Prompts(["a"]), recipe, options, policy=policy,
+                           parameters=parameters))  # fmt: skip
+        if isinstance(recipe.credit, History):
+            assert len(recipe.credit.seen["a"]) == 2 * 8
+        else:
+            assert [m["window/first"] for m in metrics] == [0.0, 1.0] and recipe.learners[0].iteration == 2
+
+
+def test_calibration_rounds_have_noises_of_their_own() -> None:
+    """DenseGRPO: two rounds see two draws, neither of them the first iteration's."""
+    _, collector, _, _, _ = sampled(DenseGRPO(rounds=0, kl=0.0))
+    (calibration,) = collector.recipe.learners
+    assert isinstance(calibration, Calibration)
+    seen: list[torch.Tensor] = []
+    calibration.rounds, calibration.update = 2, lambda gains: seen.append(torch.stack(gains))  # type: ignore[method-assign]
+    calibration.before(collector, Prompts(["a"]), replace(OPTIONS, groups=1))
+    now = torch.stack(Gains().gains(collect(collector, Prompts(["a"]).draw(0, 1, 8), 0)))
+    assert len(seen) == 2 and not (seen[0] == seen[1]).any() and not (seen[0] == now).any()
 
 
 def test_steps_without_a_known_origin_are_asked_about_one_by_one() -> None:
