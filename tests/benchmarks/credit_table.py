@@ -104,6 +104,7 @@ def _points(value: tuple[float, float]) -> str:
 
 
 PAIRS = (
+    ("flow-grpo", "permuted", "Flow-GRPO over the same with permuted rewards"),
     ("dense-grpo", "flow-sde", "DenseGRPO over Flow-GRPO (the same SDE)"),
     ("dense-grpo", "flow-grpo", "DenseGRPO over Flow-GRPO (as in the demo)"),
     ("tp-grpo", "flow-grpo", "TP-GRPO over Flow-GRPO"),
