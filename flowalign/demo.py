@@ -167,8 +167,15 @@ def _hack(options: DemoOptions) -> list[str]:
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
     share = options.total / 7
-    every = ["--evaluation.every", "8" if not options.full else "25", "--evaluation.images", str(options.images)]
-    few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5))]
+    steps = ["--evaluation.steps", "10"]  # of all alike, whatever each method trains with
+    every = [
+        "--evaluation.every",
+        "8" if not options.full else "25",
+        "--evaluation.images",
+        str(options.images),
+        *steps,
+    ]
+    few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5)), *steps]
     _, method, *how = _hack(options)
     hacked = Child.start("hacked", method, options, share, *how, *few)
     base = Folder(options.output / "base")

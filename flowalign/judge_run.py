@@ -44,8 +44,7 @@ class BaseOptions:
         output: folder for before.pt and summary.json.
         device: where.
         precision: of the network.
-        evaluation: prompts, images, steps, guidance.
-        steps: sampling steps.
+        evaluation: prompts, images, steps (a demo world's own, or 10), guidance.
     """
 
     pipeline: str = "shapes"
@@ -56,7 +55,6 @@ class BaseOptions:
     device: str = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     evaluation: Evaluation = field(default_factory=Evaluation)
-    steps: int = 10
 
 
 def main(args: list[str]) -> None:
@@ -97,7 +95,7 @@ def base(options: BaseOptions) -> dict[str, Any]:
         raise ValueError(f"{o.output} is not empty: choose another folder with --output; nothing was overwritten.")
     config = replace(
         default("diffusion-nft"), pipeline=o.pipeline, reward=o.reward, prompts=o.prompts, call=o.call, device=o.device,
-        precision=o.precision, evaluation=replace(o.evaluation, steps=o.evaluation.steps or o.steps),
+        precision=o.precision, evaluation=o.evaluation,
     )  # fmt: skip
     job = build(config)
     began = time.perf_counter()

@@ -30,7 +30,7 @@ def _method(name: str) -> str:
     for key, preset in m.presets().items():
         choices = {k: v for k, v in to_dict(preset.method).items() if k != "name"}
         out += [
-            f"preset {key}: {preset.note}",
+            textwrap.fill(f"preset {key}: {preset.note}", 118, subsequent_indent=" " * 10),
             wrapped("  method  ", (f"{k}={_plain(v)}" for k, v in choices.items())),
             wrapped("  fit     ", (f"{k}={_plain(v)}" for k, v in to_dict(preset.fit).items())),
         ]

@@ -93,8 +93,7 @@ class DiffusionNFT(Training):
             ),
             "hacked": Preset(
                 replace(shared, kl=0.0), fit, None, guidance=False,
-                note="shapes, without the penalty: 47 iterations gained 23 points on select prompts at 90 % of the "
-                "layouts and twice the drift.",
+                note="shapes, without the penalty: as much gain at fewer layouts and twice the drift.",
             ),
             "demo": Preset(
                 shared, fit, None, guidance=False,

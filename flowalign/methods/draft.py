@@ -134,8 +134,7 @@ class DRaFT(Training):
             "hacked": Preset(
                 cls(mode="full"), FitOptions(iterations=200, groups=16, size=1, steps=10, batch=16, accumulate=0,
                                              lr=4e-4, weight_decay=0.0), None, guidance=False,
-                note="shapes with shapes-clip, four times the demo's rate: in 50 s of a core the score rises, and two "
-                "seeds end at 71 and 46 % of the layouts, 51 points of count lower and 19 higher. Not to be followed.",
+                note="shapes with shapes-clip: fewer layouts, or wrong pictures, in 50 s. Not to be followed.",
             ),
             "demo": Preset(
                 cls(mode="full"), FitOptions(iterations=200, groups=16, size=1, steps=10, batch=16, accumulate=0,

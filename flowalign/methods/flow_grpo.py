@@ -98,7 +98,6 @@ class FlowGRPO(Training):
                            weight_decay=0.0, warmup=5),
                 None,
                 guidance=False,
-                note="shapes: all weights, noise on the first three of six steps (judged with ten: samples to learn "
-                "from may be rough, as published); 30 iterations of ten steps gained half as much in more time.",
+                note="shapes: all weights; learns from rough samples of six steps, is judged with ten.",
             ),
         }  # fmt: skip
