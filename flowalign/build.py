@@ -17,7 +17,7 @@ from torch import Tensor
 from flowalign.allocate import make_source
 from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Layouts
-from flowalign.facts import WORLDS, Facts, judged_by, resolve_world, world_prompts, world_set
+from flowalign.facts import WORLDS, Facts, resolve_world, world_prompts
 from flowalign.learner import Learner, learners_of
 from flowalign.noise import mix
 from flowalign.opening import (
@@ -112,29 +112,27 @@ def build(config: RunConfig) -> Job:
     Raises:
         ValueError: for whatever does not exist, with the nearest names that do.
     """
-    e, facts = config.evaluation, WORLDS.get(config.pipeline)
     check_pipeline(config.pipeline)  # before the prompts are missed that the world meant would bring
-    spec = world_set(config.prompts, config, facts, "train")
+    facts, whole = WORLDS.get(config.pipeline), resolve_world(config)
+    e, spec = whole.evaluation, whole.prompts
     if not spec:
         raise ValueError(
             f"no prompts are given, and {config.pipeline!r} is no demo world that brings its own. Set prompts to a "
             "text file with one prompt a line, a .jsonl file, or a dataset's id."
         )
     prompts = read_prompts(spec, world_prompts)
-    held = read_prompts(world_set(e.prompts, config, facts, "report") or spec, world_prompts)
-    small = read_prompts(world_set(e.check_prompts, config, facts, "check") or spec, world_prompts)
-    check_rewards(config.reward, e.rewards or "", facts.judge if facts is not None else "")
+    held = read_prompts(e.prompts or spec, world_prompts)
+    small = read_prompts(e.check_prompts or spec, world_prompts)
+    check_rewards(config.reward, e.rewards or "")
     device = pick_device(config.device)
     pipeline, judged = open_pipeline(config.pipeline, config.call, [config.guidance, e.guidance], device)
     plain = open_rewards(config.reward, device)
     rewards = {n: (Shuffled(r, config.fit.seed) if config.permute else r) for n, r in plain.items()}
     weights = reward_weights(config.reward)
-    judge_spec = judged_by(facts, e.rewards)
-    judges = open_rewards(judge_spec, device) if judge_spec else plain
-    watched = facts.held if facts is not None and e.every and e.rewards is None else ""
+    judges = open_rewards(e.rewards, device) if e.rewards else plain
+    watched = facts.held if facts is not None and e.every and config.evaluation.rewards is None else ""
     aside = open_rewards(watched, device) if watched else {}
-    steps = e.steps or (facts.steps if facts is not None else 0) or config.fit.steps
-    layouts = e.layouts or (facts.layouts if facts is not None else "")
+    steps = e.steps or config.fit.steps
     return Job(
         config, pipeline, judged,
         Scorer(pipeline, rewards, weights),
@@ -143,7 +141,7 @@ def build(config: RunConfig) -> Job:
         make_source(prompts, config.allocation, config.fit.seed),
         Exam(held, e.images, steps, e.batch, e.seed, config.keep_images),
         Exam(small, _per_category(small, e.check), steps, e.batch, e.seed + 1, 8) if e.every else None,
-        function(layouts) if layouts else None,
+        function(e.layouts) if e.layouts else None,
         run_context(config.precision, device),
         run_context(config.precision, device, gradients=False),
     )  # fmt: skip

@@ -17,19 +17,18 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowalign.facts import WORLDS
+from flowalign.demo_verdict import focus_of, report, table, verdict
 from flowalign.folder import Folder
 from flowalign.precision import quicker
 
-__all__ = ["DemoOptions", "run", "verdict"]
+__all__ = ["DemoOptions", "run"]
 
 MINUTES = {"quick": 0.5, "short": 8.0, "full": 12.0}
-GAIN, OTHER_GAIN, FULL_GAIN, KEPT, HARM = 0.10, 0.04, 0.25, 0.80, -0.03
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,7 @@ class Child:
         command += ["--max-wall", f"{seconds:.0f}", "--seed", str(options.seed), "--iterations", "1000000"]
         command += ["--precision", options.precision]
         command += [*more, *shlex.split(options.options)]
-        log = (options.output / f"{name}.log").open("wb")
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return cls(name, folder, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), seconds)
+        return cls(name, folder, start(command, options.output / f"{name}.log"), seconds)
 
     def state(self) -> tuple[float, str]:
         """Return the seconds of training by the clock so far, and a word on it."""
@@ -129,12 +126,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     # the runs start, judge their small exam, are judged, and write reports outside the time they train in
     left = options.total - (time.perf_counter() - began) - 1.2 * judged - 30
     seconds = max(left, 5.0)
-    # a longer run of the noisier gradient goes as far in smaller steps, and its random walk is shorter
-    calm = ["--fit.lr", "2e-4"] if options.full and not options.options else []
-    runs = [
-        Child.start("flow-grpo", "flow-grpo", options, seconds, *more, *calm),
-        Child.start("diffusion-nft", "diffusion-nft", options, seconds, *more),
-    ]
+    runs = [Child.start(m, m, options, seconds, *more) for m in ("flow-grpo", "diffusion-nft")]
     wait(runs, progress)
     labels = ["Flow-GRPO", "DiffusionNFT", _hack(options)[0]]
     folders = [*(r.folder for r in runs), Folder(options.output / "hacked")]
@@ -144,11 +136,11 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
         folders.append(control.folder)
         labels.append("control: permuted rewards")
     summaries = {n: f.summary() for n, f in zip(labels, folders, strict=True)}
-    found = verdict(summaries, _focus(folders[0], next(iter(summaries.values()))["accuracy"]), options.full)
+    found = verdict(summaries, focus_of(folders[0], next(iter(summaries.values()))["accuracy"]), options.full)
     found["seconds"] = time.perf_counter() - began
     (options.output / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    path = _report(options, folders, labels, found)
-    say(_table(labels, found) + f"\n\n{path}")
+    path = report(options.output, folders, labels)
+    say(table(labels, found) + f"\n\n{path}")
     return found
 
 
@@ -167,27 +159,28 @@ def _hack(options: DemoOptions) -> list[str]:
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
     share = options.total / 7
-    steps = ["--evaluation.steps", "10"]  # of all alike, whatever each method trains with
-    every = [
-        "--evaluation.every",
-        "8" if not options.full else "25",
-        "--evaluation.images",
-        str(options.images),
-        *steps,
-    ]
-    few = ["--evaluation.every", "8", "--evaluation.images", str(max(2, options.images // 5)), *steps]
+    exam = _exam(25 if options.full else 8, options.images)
     _, method, *how = _hack(options)
-    hacked = Child.start("hacked", method, options, share, *how, *few)
+    hacked = Child.start("hacked", method, options, share, *how, *_exam(8, max(2, options.images // 5)))
     base = Folder(options.output / "base")
-    command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *every[2:]]
-    command += ["--precision", options.precision]
-    log = (options.output / "base.log").open("wb")
-    command += shlex.split(options.options)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    judge = Child("base", base, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env), 0.0)
+    command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *exam]
+    command += ["--precision", options.precision, *shlex.split(options.options)]
+    judge = Child("base", base, start(command, options.output / "base.log"), 0.0)
     wait([hacked, judge], progress)
     seconds = float(base.summary()["seconds"]["evaluate_before"])
-    return seconds, [*every, "--evaluation.base", str(base.path / "before.pt")]
+    return seconds, [*exam, "--evaluation.base", str(base.path / "before.pt")]
+
+
+def _exam(every: int, images: int) -> list[str]:
+    """Return options of the evaluations: all take the same steps, whatever each method trains with."""
+    return ["--evaluation.every", str(every), "--evaluation.images", str(images), "--evaluation.steps", "10"]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process of one thread whose words go to a file."""
+    with log.open("wb") as words:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, env=env)
 
 
 def wait(children: Sequence[Child], progress: bool) -> None:
@@ -230,77 +223,3 @@ def _move(bar: Any, child: Child) -> None:
     else:
         bar.set_postfix_str("judging", refresh=False)
     bar.refresh()
-
-
-# -- what came of it -------------------------------------------------------------------------------------------------
-def verdict(summaries: dict[str, dict[str, Any]], focus: str, full: bool = False) -> dict[str, Any]:
-    """Hold the figures of the two methods against what the demo promises.
-
-    Args:
-        summaries: by name; the two methods first.
-        focus: the rewarded category, which was fixed before any figure was seen.
-        full: whether the promises of the full demo hold.
-
-    Returns:
-        Per run the gain, its standard error and the layouts kept; ``promises``: what is asked → whether it holds.
-    """
-    figures = {name: _figures(s, focus) for name, s in summaries.items()}
-    two = sorted(list(figures.values())[:2], key=lambda f: -f["gain"][0])
-    need = FULL_GAIN if full else GAIN
-    promises = {
-        f"the better gains {100 * need:.0f} points and five standard errors": two[0]["gain"][0] >= need
-        and two[0]["gain"][0] > 5 * two[0]["gain"][1],
-        f"the other gains {100 * OTHER_GAIN:.0f} points": two[1]["gain"][0] >= OTHER_GAIN,
-        f"both keep {KEPT:.0%} of the layouts": all((f["layouts_kept"] or 0) >= KEPT for f in two),
-        f"no other category falls by more than {-100 * HARM:.0f} points": all(f["worst_other"] >= HARM for f in two),
-    }
-    return {"focus": focus, "runs": figures, "promises": promises}
-
-
-def _focus(folder: Folder, categories: Iterable[str]) -> str:
-    """Return the category that the training prompts dwell on: the demo world's focus, or the first one elsewhere."""
-    facts = WORLDS.get(folder.config().pipeline)
-    return next(iter(categories)) if facts is None else facts.focus
-
-
-def _figures(summary: dict[str, Any], focus: str) -> dict[str, Any]:
-    accuracy = summary["accuracy"]
-    return {
-        "gain": accuracy[focus]["gain"],
-        "layouts_kept": accuracy[focus]["layouts_kept"],
-        "worst_other": min((v["gain"][0] for c, v in accuracy.items() if c != focus), default=0.0),
-        "drift": summary["drift"],
-        "trained_seconds": summary["trained_seconds"],
-        "evaluations": summary["evaluations"],
-    }
-
-
-def _table(labels: Sequence[str], found: dict[str, Any]) -> str:
-    head = (
-        f"\n{'':28}{'gain on ' + found['focus']:>18}{'± s.e.':>8}{'layouts kept':>14}{'worst other':>13}{'seconds':>9}"
-    )
-    lines = [head]
-    for label in labels:
-        f = found["runs"][label]
-        kept = "-" if f["layouts_kept"] is None else f"{f['layouts_kept']:.0%}"
-        lines.append(
-            f"{label:28}{100 * f['gain'][0]:+18.1f}{100 * f['gain'][1]:8.1f}{kept:>14}{100 * f['worst_other']:+13.1f}"
-            f"{f['trained_seconds']:9.0f}"
-        )
-    lines += [""] + [f"  {'yes' if ok else 'NO ':3}  {what}" for what, ok in found["promises"].items()]
-    return "\n".join([*lines, f"\n{found['seconds']:.0f} s in all"])
-
-
-def _report(options: DemoOptions, folders: Sequence[Folder], labels: Sequence[str], found: dict[str, Any]) -> Path:
-    from flowalign.report import write_report
-
-    notes = ["", "", "Must not be followed: look at the layouts and at the other categories.", "Must not gain."]
-    words = (
-        "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "with nothing that holds it to the base. The third one's own reward rises fast, and something that it was not "
-        "asked for pays: fewer layouts, other categories, in some seeds the strict verdict itself."
-    )
-    return write_report(
-        folders, options.output / "report.html", labels=labels, notes=notes[: len(folders)],
-        title="The demo: alignment, with and without a penalty", words=words,
-    )  # fmt: skip

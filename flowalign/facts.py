@@ -12,7 +12,7 @@ from flowalign.config import RunConfig
 from flowalign.prompts import read_prompts
 from flowalign.source import Prompt
 
-__all__ = ["WORLDS", "Facts", "judged_by", "resolve_world", "world_prompts", "world_set"]
+__all__ = ["WORLDS", "Facts", "judged_by", "resolve_world", "world_prompts"]
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,16 @@ def resolve_world(config: RunConfig) -> RunConfig:
         return config
     e = config.evaluation
     spelled = replace(
-        e, prompts=world_set(e.prompts, config, facts, "report"), rewards=judged_by(facts, e.rewards),
-        layouts=e.layouts or facts.layouts or None, check_prompts=world_set(e.check_prompts, config, facts, "check"),
+        e, prompts=e.prompts or f"{config.pipeline}:{facts.report}", rewards=judged_by(facts, e.rewards),
+        check_prompts=e.check_prompts or f"{config.pipeline}:{facts.check}", layouts=e.layouts or facts.layouts or None,
         steps=e.steps or facts.steps or None,
     )  # fmt: skip
     return replace(
         config,
-        prompts=world_set(config.prompts, config, facts, "train"),
+        prompts=config.prompts or f"{config.pipeline}:{facts.train}",
         evaluation=spelled,
         call={**facts.call, **config.call},
     )
-
-
-def world_set(given: str | None, config: RunConfig, facts: Facts | None, which: str) -> str:
-    """Return a prompt specification: the one given, the world's own, or nothing."""
-    if given or facts is None:
-        return given or ""
-    return f"{config.pipeline}:{getattr(facts, which)}"
 
 
 def judged_by(facts: Facts | None, given: str | None) -> str:

@@ -11,6 +11,7 @@ generator that does arrive at ``step`` is used instead.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +82,15 @@ class StepOutput(BaseOutput):
     log_prob: Tensor
 
 
-class Sampler:
+class Sampler(ABC):
     """What a scheduler has beside diffusers' own; its ``set_timesteps`` calls ``_restart``, its ``step`` ``_take``."""
 
     config: Any
     timesteps: Tensor
 
+    @abstractmethod
     def _convention(self) -> Convention:
         """Return how the network's output and the grid are to be read."""
-        raise NotImplementedError
 
     def _restart(self) -> None:
         """Read the grid; forget the call before."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.collect import Collector, collect
+from flowalign.collect import collect
 from flowalign.credit import Normalise
 from flowalign.experience import Experience
 from flowalign.kernels import EulerMaruyama
@@ -31,38 +31,22 @@ from flowalign.noise import Noise
 from flowalign.objectives import Clip
 from flowalign.options import FitOptions
 from flowalign.policy import Policy
-from flowalign.prepare import prepare
 from flowalign.process import Rectified
 from flowalign.recipe import Recipe, trained_steps
 from flowalign.rollout import rollout
-from flowalign.scorer import Scorer
 from flowalign.source import Prompts
 from flowalign.trajectory import Nodes
 from flowalign.valuenet import ValueLearner
+from tests.credit_parts import STEPS, parts
 from tests.toy import Bright, Toy
 
-STEPS, PROMPTS = 6, ["a", "b dark"]
+PROMPTS = ["a", "b dark"]
 
 
 def gather(method: Training, size: int = 4) -> tuple[Toy, Recipe, Experience]:
     """One iteration's samples of two prompts, by the method's own recipe."""
     toy, recipe, collector = parts(method)
     return toy, recipe, collect(collector, Prompts(PROMPTS).draw(0, 2, size), 0)
-
-
-def parts(method: Training) -> tuple[Toy, Recipe, Collector]:
-    """The toy, a recipe for it and what samples by it; a value network says something from the start."""
-    toy = Toy()
-    recipe = method.recipe(toy.times(STEPS))
-    policy, _ = prepare(toy, None, recipe.roles)
-    for learner in recipe.learners:
-        if isinstance(learner, ValueLearner):
-            learner.prepare((3, 2, 2))
-            assert learner.network is not None
-            g = torch.Generator().manual_seed(1)
-            for p in learner.network.parameters():
-                p.data = 0.3 * torch.randn(p.shape, generator=g)
-    return toy, recipe, Collector(toy, Scorer(toy, {"bright": Bright()}), policy, recipe, STEPS, 0)
 
 
 def ode_rewards(toy: Toy, e: Experience, steps: int | None) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from flowalign.demo import Child, DemoOptions, run, verdict, wait
+from flowalign import demo
+from flowalign.demo import Child, DemoOptions, run, wait
+from flowalign.demo_verdict import verdict
 from flowalign.folder import Folder
 
 
@@ -63,6 +65,35 @@ def test_a_failed_run_is_not_swallowed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"failed with code 3(.|\n)*the reason"):
         wait([bad, good], progress=False)
     assert good.process.wait(timeout=10) != 0
+
+
+@pytest.mark.parametrize(
+    ("own", "method", "wanted"),
+    [
+        ("", "draft", "--preset hacked --reward shapes-clip --prompts shapes:focus7"),
+        ("--reward tests.runworld:Strict", "diffusion-nft", "--preset hacked"),
+    ],
+)
+def test_the_base_and_the_hacked_run_are_judged_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, method: str, wanted: str
+) -> None:
+    """The same steps for all, whatever a method trains with; the hacked run's reward has a gradient for certain."""
+    asked: list[str] = []
+
+    def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+        asked.append(" ".join(command))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/summary.json").write_text('{"seconds": {"evaluate_before": 7.0}}')
+    with monkeypatch.context() as m:
+        m.setattr(demo, "start", start)
+        seconds, more = demo._base(DemoOptions(output=tmp_path, images=50, options=own, precision="fp32"), False)
+    hacked, base = asked
+    assert f"train {method} " in hacked and wanted in hacked and "--evaluation.images 10 " in hacked
+    assert "evaluate --base" in base and "--evaluation.images 50 " in base
+    assert all("--evaluation.steps 10" in a for a in (hacked, base, " ".join(more))) and seconds == 7.0
+    assert hacked.endswith(own) and base.endswith(own)
 
 
 @pytest.mark.slow

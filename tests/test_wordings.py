@@ -24,27 +24,17 @@ from flowalign.methods.tree_grpo import TreeGRPO
 from flowalign.minibatch import minibatches
 from flowalign.objectives.base import Objective
 from flowalign.options import FitOptions
-from flowalign.prepare import prepare
-from flowalign.scorer import Scorer
 from flowalign.source import Draw, Prompt, Prompts
 from flowalign.thinning import extremes, live_groups, with_best
 from flowalign.trajectory import Transitions
-from flowalign.valuenet import ValueLearner
-from tests.toy import Bright, Toy
+from tests.credit_parts import STEPS, parts
 
 PROMPTS = [Prompt("a", variants=("a dark",)), Prompt("b")]
-STEPS = 6
 
 
 def sampled(method: Training) -> tuple[Collector, Draw, Experience]:
     """Eight samples a group: four of "a", four of "a dark", whose rewards have the other sign, and eight of "b"."""
-    toy = Toy()
-    recipe = method.recipe(toy.times(STEPS))
-    policy, _ = prepare(toy, None, recipe.roles)
-    for learner in recipe.learners:
-        if isinstance(learner, ValueLearner):
-            learner.prepare((3, 2, 2))
-    collector = Collector(toy, Scorer(toy, {"r": Bright()}), policy, recipe, STEPS, 0)
+    _, _, collector = parts(method)
     draw = Prompts(PROMPTS).draw(0, 2, 8)
     return collector, draw, collect(collector, draw, 0)
 
