@@ -96,6 +96,29 @@ def test_the_base_and_the_hacked_run_are_judged_alike(
     assert hacked.endswith(own) and base.endswith(own)
 
 
+@pytest.mark.parametrize(("full", "wanted"), [(False, []), (True, ["diffusion-nft", "control"])])
+def test_the_long_demo_takes_smaller_steps(
+    full: bool, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does its control, which is the same run but for the permuted rewards."""
+    asked: dict[str, tuple[str, ...]] = {}
+
+    def begin(name: str, method: str, options: DemoOptions, seconds: float, *more: str) -> Child:
+        asked[name] = more
+        done = subprocess.Popen([sys.executable, "-c", ""])
+        return Child(name, Folder(options.output / name), done, seconds)
+
+    monkeypatch.setattr(Child, "start", begin)
+    monkeypatch.setattr(Folder, "summary", lambda self: summary(0.3))
+    monkeypatch.setattr(demo, "_base", lambda options, progress: (1.0, ["--x"]))
+    monkeypatch.setattr(demo, "focus_of", lambda folder, categories: "count")
+    monkeypatch.setattr(demo, "report", lambda output, folders, labels: output)
+    run(DemoOptions(full=full, control=True, output=tmp_path / "d", precision="fp32"), progress=False)
+    assert list(asked) == ["flow-grpo", "diffusion-nft", "control"] and all(a[0] == "--x" for a in asked.values())
+    assert [n for n, a in asked.items() if a[1:3] == ("--preset", "demo-long")] == wanted
+    assert [n for n, a in asked.items() if "--permute" in a] == ["control"]
+
+
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On the toy: base, two methods, the hacked run and the control; a table, one report, a verdict."""

@@ -171,7 +171,7 @@ def _run(
     for m in modules:
         m.train().requires_grad_(True)
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first, g = 0, torch.Generator(device)
     if inner is not None:
         first = int(inner["step"])
