@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowalign.ahead import check_place, check_trackers
 from flowalign.methods import names, resolve
 
 if TYPE_CHECKING:
@@ -73,12 +74,16 @@ def parse(kind: Any, args: list[str], default: Any, prog: str) -> Any:
 
 
 def train_config(args: list[str]) -> tuple[RunConfig, bool, bool]:
-    """Read a training configuration: preset, file or resumed run, then options; and the flags --resume and --quiet."""
+    """Read a training configuration: preset, file or resumed run, then options; and the flags --resume and --quiet.
+
+    Raises:
+        ValueError: for what can be seen to be wrong before anything is loaded.
+    """
     from flowalign.config import RunConfig
     from flowalign.prepare import Lora
 
     name = method_name(args, "training")
-    file, preset = take(args, "--config"), take(args, "--preset", "demo") or "demo"
+    file, preset = take(args, "--config"), take(args, "--preset")
     resume, quiet, full, lora = (flag(args, o) for o in ("--resume", "--quiet", "--full", "--lora"))
     for i, a in enumerate(args):
         head, equals, tail = a.partition("=")
@@ -90,24 +95,50 @@ def train_config(args: list[str]) -> tuple[RunConfig, bool, bool]:
         base = replace(base, lora=None)
     elif lora or any(a.startswith("--lora.") for a in args):
         base = replace(base, lora=base.lora or Lora())
-    return parse(RunConfig, args, base, f"flowalign train {base.method.name}"), resume, quiet
+    config = parse(RunConfig, args, base, f"flowalign train {base.method.name}")
+    check_place(config.folder)
+    check_trackers(config.trackers)
+    return config, resume, quiet
 
 
-def _base(args: list[str], name: str | None, file: str | None, preset: str, resume: bool) -> RunConfig:
+def _base(args: list[str], name: str | None, file: str | None, preset: str | None, resume: bool) -> RunConfig:
     """Return what the options change: a resumed run's configuration, a file's, or a preset's."""
     from flowalign.config import default, from_yaml
     from flowalign.folder import Folder
 
-    base = from_yaml(Path(file), name, preset) if file is not None else default(name, preset) if name else None
+    start = preset or "demo"
+    base = from_yaml(Path(file), name, start) if file is not None else default(name, start) if name else None
     output = take(list(args), "--output")
     folder = None if output is None else Path(output)
     if folder is None and base is not None:
         folder = replace(base, pipeline=take(list(args), "--pipeline") or base.pipeline).folder
     if resume and folder is not None and (old := Folder(folder)).exists:
-        found = replace(old.config(), output=folder)
-        if name is not None and found.method.name != name:
-            raise ValueError(f"{folder} is a run of {found.method.name}, not of {name}.")
-        return found
+        found = old.config()
+        if base is not None and type(found.method) is not type(base.method):
+            raise ValueError(f"{folder} is a run of {found.method.name}, not of {name or base.method.name}.")
+        return replace(_again(found, file, preset), output=folder)
     if base is None:
         raise ValueError(f"name a method: {', '.join(names('training'))}; or give --config, or --resume with --output.")
     return base
+
+
+def _again(found: RunConfig, file: str | None, preset: str | None) -> RunConfig:
+    """Return a resumed run's configuration with what the command names once more: a preset, a file.
+
+    Both say the same as before or are refused by the folder, as an option would be; what they leave out, and
+    the budgets that a preset starts with, stay as they were in the run.
+    """
+    from flowalign.config import over, preset_of
+    from flowalign.folder import BUDGETS
+    from flowalign.yaml_file import read_mapping
+
+    data = {} if file is None else read_mapping(Path(file))
+    preset = data.get("preset", preset)
+    if preset is not None:
+        chosen = preset_of(type(found.method), str(preset))
+        budgets = [b.removeprefix("fit.") for b in BUDGETS if b.startswith("fit.")]
+        fit = replace(chosen.fit, **{b: getattr(found.fit, b) for b in budgets})
+        found = replace(
+            found, method=chosen.method, fit=fit, lora=chosen.lora, ema=chosen.ema, guidance=chosen.guidance
+        )
+    return over(found, data, str(file))

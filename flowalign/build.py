@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,20 @@ class Job:
     layouts: Layouts | None
     context: Callable[[], AbstractContextManager[Any]]
     frozen: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def resolved(self) -> RunConfig:
+        """The configuration with what a demo world and this machine bring."""
+        return replace(resolve_world(self.config), device=str(pick_device(self.config.device)))
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What must agree for two evaluations to be paired: generator, call, what is asked, who judges."""
+        whole = self.resolved
+        return self.exam.mark | {
+            "pipeline": whole.pipeline, "call": dict(whole.call), "guidance": whole.evaluation.guidance,
+            "precision": whole.precision, "rewards": sorted(self.judge.rewards), "layouts": whole.evaluation.layouts,
+        }  # fmt: skip
 
 
 def build(config: RunConfig) -> Job:

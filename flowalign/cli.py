@@ -50,7 +50,8 @@ writes a folder with the configuration, metrics, checkpoints, the result in diff
 {methods}
   --preset NAME        settings to start from: demo (for the little worlds) or published (the paper's); default demo
   --config FILE        a YAML file over the preset; its keys are the options below, nested at the dots
-  --resume             go on with the run in --output after a crash or Ctrl-C; only budgets may change
+  --resume             go on with the run in --output after a crash or Ctrl-C; its settings need not be told again, and
+                       a preset, a file or options that are must agree: only budgets may change
   --full | --lora      train all weights, or a LoRA (then --lora.rank, --lora.alpha, ...)
   --max-seconds, --max-evaluations, --iterations, --seed     short for --fit.max-seconds, ...
   --quiet              no progress bars
@@ -94,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"flowalign: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     except KeyboardInterrupt:
-        print(
-            "flowalign: stopped. What was saved is in the run's folder; --resume goes on from there.", file=sys.stderr
-        )
+        saved = " What was saved is in the run's folder; --resume goes on from there." if args[0] == "train" else ""
+        print(f"flowalign: stopped.{saved}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -120,6 +120,8 @@ def train(args: list[str]) -> None:
     summary = run(config, resume, progress=not quiet)
     print(_table(summary))
     print(f"\n{config.folder}/report.html")
+    if summary["status"] == "interrupted":  # by Ctrl-C: a budget that is used up ends a run as done
+        raise SystemExit(130)
 
 
 def _table(summary: dict[str, Any]) -> str:
@@ -165,9 +167,18 @@ def steer(args: list[str]) -> None:
 
 def demo(args: list[str]) -> None:
     """``flowalign demo``."""
-    from flowalign.demo import DemoOptions, run
+    from flowalign.demo import DemoOptions, Failed, run
 
-    run(parse(DemoOptions, args, DemoOptions(), "flowalign demo"))
+    options = parse(DemoOptions, args, DemoOptions(), "flowalign demo")
+    again = f"{options.output} keeps what was written; delete it, or choose another --output, to begin again."
+    try:
+        run(options)
+    except Failed as error:
+        print(f"flowalign: {error} {again}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"flowalign: the demo was stopped, and is not resumed. {again}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def report(args: list[str]) -> None:

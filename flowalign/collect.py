@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flowalign.experience import Experience, same, weighted
+from flowalign.experience import Experience, ode_from, same, weighted
 from flowalign.kernels import Kernel
 from flowalign.noise import START, Noise, mix
 from flowalign.objectives.backprop import Grown
@@ -78,9 +78,15 @@ class Collector:
         row = torch.arange(len(samples)).repeat_interleave(samples)
         lead = draw.leads() if r.shared_noise else None
         start = enter(self.pipeline, judge.cond, row, noise, float(times[0]), shared=lead)
+
+        def score(x: Tensor, i: Tensor) -> Tensor:
+            return self.total(judge(x, i))
+
+        if r.guide is not None:
+            r.guide.enter(score, noise.seed, noise.keys)
         return rollout(
             self.policy, r.kernel, times, start, judge.cond, noise=noise, n_rows=len(draw.prompts), guide=r.guide,
-            value=None if r.value is None else r.value(lambda x, i: self.total(judge(x, i))), potential=r.potential,
+            value=None if r.value is None else r.value(score), potential=r.potential,
             select=select, tape=tape, role=role or r.role, keep=r.keep,
         )  # fmt: skip
 
@@ -125,6 +131,8 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
         with ledger.phase("reward"), torch.no_grad():
             scores = judge(tree.leaves.x, tree.leaves.row, learn=True)
     rewards = {k: v.to(tree.leaves.x.device) for k, v in scores.items()}
+    r = collector.recipe
+    plain = r.guide is None and r.search is None and r.role == "current"
     return Experience(
         policy=collector.policy,
         trajectory=tree,
@@ -136,7 +144,8 @@ def collect(collector: Collector, draw: Draw, iteration: int) -> Experience:
         seed=collector.seed,
         iteration=iteration,
         gather=collector.gather,
-        ceiling=collector.recipe.restraint.ceiling,
+        ceiling=r.restraint.ceiling,
+        ode=ode_from(r.kernel, tree.times) if plain else None,
     )
 
 

@@ -22,6 +22,8 @@ from flowalign.exam import Outcome
 
 __all__ = ["Comparison", "compare", "effective_layouts", "mean_se"]
 
+FEW = 0.2  # share of images that must be right on both sides for layouts to be counted
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -89,7 +91,8 @@ def effective_layouts(before: Outcome, after: Outcome, name: str) -> tuple[Pair 
     """Return the effective numbers of layouts of a category before and after, over it and per prompt.
 
     Correct is a judge's score above one half. For each prompt both sides are cut to equally many correct images; a
-    prompt of which either side has fewer than two says nothing per prompt.
+    prompt of which either side has fewer than two says nothing per prompt. Fewer than a fifth of the images say
+    nothing at all: a model that is nearly always wrong would seem to have kept its layouts.
     """
     if before.layout is None or after.layout is None:
         return None, None
@@ -105,7 +108,9 @@ def effective_layouts(before: Outcome, after: Outcome, name: str) -> tuple[Pair 
         if n >= 2:
             entropies.append((_entropy(a[:n]), _entropy(b[:n])))
     one, two = (torch.cat(p) for p in pools)
-    whole = (math.exp(_entropy(one)), math.exp(_entropy(two))) if len(one) else None
+    if not len(one) or len(one) < FEW * len(where):
+        return None, None
+    whole = (math.exp(_entropy(one)), math.exp(_entropy(two)))
     if not entropies:
         return whole, None
     first, second = torch.tensor(entropies, dtype=torch.float64).mean(0).exp().tolist()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from flowalign.ahead import check_names
 from flowalign.allocate import Allocation
 from flowalign.fields import update
 from flowalign.methods import METHODS, resolve
@@ -25,8 +26,9 @@ from flowalign.methods.base import Method, Preset
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora
 from flowalign.restraint import Restraint
+from flowalign.yaml_file import read_mapping
 
-__all__ = ["Evaluation", "RunConfig", "compose", "default", "flatten", "from_yaml", "to_dict"]
+__all__ = ["Evaluation", "RunConfig", "compose", "default", "flatten", "from_yaml", "over", "to_dict"]
 
 Scalar = bool | int | float | str
 
@@ -97,7 +99,7 @@ class RunConfig:
         chunk: samples per forward pass where memory is short; None for all at once.
         memory_budget: like 8GiB: choose micro-batches, recomputation and pieces that fit; None to leave them as set.
         evaluation: before and after.
-        trackers: what else metrics go to: tensorboard, wandb, trackio.
+        trackers: what else metrics go to: tensorboard, wandb, trackio, or another that accelerate knows.
         max_wall: seconds of training and its checks by the clock, after which the run ends; None for no limit.
         permute: shuffle rewards inside each group: the control that must not learn.
         keep_images: pictures kept for the report, per category.
@@ -134,6 +136,7 @@ class RunConfig:
             raise ValueError(f"max_wall must be positive; got {self.max_wall}.")
         if self.keep_images < 0:
             raise ValueError(f"keep_images must be at least 0; got {self.keep_images}.")
+        check_names(self.trackers)
 
     @property
     def folder(self) -> Path:
@@ -173,33 +176,47 @@ def from_yaml(path: Path, method: str | None = None, preset: str = "demo") -> Ru
         preset: where the file names none.
 
     Raises:
-        ValueError: for a file that is no mapping, an unknown key (with the nearest valid ones), or a wrong type.
+        ValueError: for a file that is no mapping or names a key twice, an unknown key (with the nearest valid ones), or
+            a wrong type.
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"the configuration {path} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"the configuration {path} must be a mapping of keys to values; got {type(data).__name__}.")
+    data = read_mapping(path)
     return compose(data, method, str(data.get("preset", preset)), str(path))
 
 
 def compose(data: Mapping[str, Any], method: str | None, preset: str = "demo", where: str = "") -> RunConfig:
     """Build a configuration from plain values; see :func:`from_yaml`."""
-    data = {k: v for k, v in data.items() if k != "preset"}
-    own = data.pop("method", None)
-    settings: Mapping[str, Any] = {"name": own} if isinstance(own, str) else (own or {})
-    name = settings.get("name", method)
+    name = _settings(data, where).get("name", method)
     if name is None:
         raise ValueError(f"{where}: no method is named: write method: {{name: diffusion-nft}}.")
     if method is not None and name != method:
         raise ValueError(f"{where} is a configuration of {name}, and the command asks for {method}. Use one of them.")
-    base = default(name, preset)
-    rest = {k: v for k, v in settings.items() if k != "name"}
-    base = replace(base, method=update(base.method, rest, f"{where}: method"))
-    return update(base, data, where)
+    return over(default(name, preset), data, where)
+
+
+def over(base: RunConfig, data: Mapping[str, Any], where: str = "") -> RunConfig:
+    """Return ``base`` with what plain values say; the names of the method and the preset are not looked at.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest valid ones) or a wrong type.
+    """
+    own = {k: v for k, v in _settings(data, where).items() if k != "name"}
+    base = replace(base, method=update(base.method, own, f"{where}: method"))
+    return update(base, {k: v for k, v in data.items() if k not in ("preset", "method")}, where)
+
+
+def _settings(data: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return what plain values say of the method: ``method: flow-grpo`` is short for ``method: {name: flow-grpo}``.
+
+    Raises:
+        ValueError: for what is neither.
+    """
+    own = data.get("method")
+    settings = {"name": own} if isinstance(own, str) else {} if own is None else own
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where}: method must be a name, or a mapping like {{name: flow-grpo}}; got {own!r}.")
+    if not isinstance(settings.get("name", ""), str):
+        raise ValueError(f"{where}: the name of the method must be a string; got {settings['name']!r}.")
+    return settings
 
 
 # -- to plain values -------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flowalign.experience import Experience
 from flowalign.state import Stateful
-from flowalign.trajectory import row_lse
+from flowalign.trajectory import Trajectory, row_lse
 
-__all__ = ["Credit", "Gains", "Group", "Levels", "Normalise", "Tree", "group_mean"]
+__all__ = ["Credit", "Edges", "Gains", "Group", "Levels", "Normalise", "Tree", "group_mean", "likely"]
 
 Levels = list[Tensor | None]
 Scope = Literal["group", "batch", "none"]
@@ -136,39 +136,56 @@ class Group(Credit):
 
 @dataclass(frozen=True)
 class Tree(Credit):
-    """Node values backed up from the leaves, normalised within each depth (BranchGRPO, Dynamic-TreeRPO).
+    """Node values backed up from the leaves' rewards, normalised within each depth (BranchGRPO, Dynamic-TreeRPO).
 
     Attributes:
         normalise: within the nodes of one group at one depth.
-        how: ``"mean"`` over leaves, ``"max"``, λ of a soft backup, or ``"probability"``: siblings are averaged with the
-            softmax of their steps' log-densities per dimension (BranchGRPO's ``tree_prob_weighted``, TreeGRPO's edges).
+        how: ``"mean"`` over leaves, or ``"probability"``: siblings by their likelihood (``tree_prob_weighted``).
     """
 
     normalise: Normalise = field(default_factory=lambda: Normalise(unbiased=True, eps=1e-8, least=1e-6))
-    how: Literal["mean", "max", "probability"] | float = "mean"
+    how: Literal["mean", "probability"] = "mean"
 
     def __call__(self, experience: Experience) -> Levels:
         """Back up, then normalise level by level."""
         e = experience
         out: Levels = []
-        values = self._likely(e) if self.how == "probability" else e.trajectory.backup(e.total, self.how)
+        values = likely(e.trajectory, e.total) if self.how == "probability" else e.trajectory.backup(e.total)
         for nodes, value in zip(e.trajectory.levels, values, strict=True):
             out.append(None if nodes is None or value is None else self.normalise(value, e.group[nodes.row]))
         return out
 
-    @staticmethod
-    def _likely(e: Experience) -> Levels:
-        """Back up with each child weighted by the softmax of its log-density among its siblings."""
-        tree, value = e.trajectory, e.total
-        out: Levels = [None] * len(tree.levels)
-        out[-1] = value
-        for k in range(len(tree.levels) - 1, tree.first, -1):
-            child, n = tree.at(k), len(tree.at(k - 1))
-            score = child.log_prob.to(value) / child.x[0].numel()
-            share = (score - row_lse(score, child.parent, n)[child.parent.to(score.device)]).exp()
-            value = value.new_zeros(n).index_add(0, child.parent.to(value.device), share * value)
-            out[k - 1] = value
-        return out
+
+@dataclass(frozen=True)
+class Edges(Credit):
+    """TreeGRPO (2512.08153): the leaves' advantages in their group, backed up by likelihood to an advantage per edge.
+
+    What is backed up stays as it is: an early edge, whose leaves disagree, counts for less than a late one. ``Tree``
+    backs up rewards instead and brings every depth to the same spread.
+
+    Attributes:
+        normalise: within the leaves of one group.
+    """
+
+    normalise: Normalise = field(default_factory=lambda: Normalise(unbiased=True, eps=1e-8, least=1e-6))
+
+    def __call__(self, experience: Experience) -> Levels:
+        """Normalise, then back up."""
+        e = experience
+        return likely(e.trajectory, self.normalise(e.total, e.group[e.trajectory.leaves.row]))
+
+
+def likely(tree: Trajectory, values: Tensor) -> Levels:
+    """Back up leaf values ``(N_leaves,)``, siblings weighted by the softmax of their log-densities per dimension."""
+    out: Levels = [None] * len(tree.levels)
+    out[-1] = value = values
+    for k in range(len(tree.levels) - 1, tree.first, -1):
+        child, n = tree.at(k), len(tree.at(k - 1))
+        score = child.log_prob.to(value) / child.x[0].numel()
+        share = (score - row_lse(score, child.parent, n)[child.parent.to(score.device)]).exp()
+        value = value.new_zeros(n).index_add(0, child.parent.to(value.device), share * value)
+        out[k - 1] = value
+    return out
 
 
 @dataclass(frozen=True)

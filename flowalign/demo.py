@@ -1,7 +1,7 @@
-"""``flowalign demo``: two methods side by side on the little world, and one that is hacked, in eight minutes.
+"""``flowalign demo``: two methods side by side on the little world, and one that is let go, in eight minutes.
 
     1   the base model is judged once, while the other core shows what goes wrong: reward gradients of the small CLIP
-        model, without a penalty, raise its score and cost the strict judge's verdict and the layouts
+        model without a penalty, in steps that are too large, cost layouts or the strict judge's verdict
     2   Flow-GRPO and DiffusionNFT train at the same time, one core each, until the time that is left is used up
     3   both are judged on the same prompts and noises as the base; a table, and one report of all three
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -22,46 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flowalign.demo_options import DemoOptions, check, of_base
 from flowalign.demo_verdict import focus_of, report, table, verdict
 from flowalign.folder import Folder
 from flowalign.precision import quicker
 
-__all__ = ["DemoOptions", "run"]
-
-MINUTES = {"quick": 0.5, "short": 8.0, "full": 25.0}
+__all__ = ["DemoOptions", "Failed", "run"]
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """The demo.
-
-    Attributes:
-        full: twenty-five minutes instead of eight, for gains of 25 points.
-        quick: half a minute, to see that everything runs; the figures mean nothing.
-        seed: of the training.
-        output: folder of all runs.
-        control: a further run whose rewards are permuted inside their groups and teach nothing; takes longer.
-        minutes: total time, in place of 8 or 25.
-        images: held-out images per category.
-        precision: of the networks, fp32 or bf16; when empty, whichever this machine multiplies faster in.
-        options: further options for every run, in one string: --options="--pipeline my:pipeline --reward my:Reward".
-    """
-
-    full: bool = False
-    quick: bool = False
-    seed: int = 0
-    output: Path = Path("runs/demo")
-    control: bool = False
-    minutes: float | None = None
-    images: int = 1000
-    options: str = ""
-    precision: str = ""
-
-    @property
-    def total(self) -> float:
-        """Seconds in all."""
-        kind = "quick" if self.quick else "full" if self.full else "short"
-        return 60.0 * (self.minutes or MINUTES[kind])
+class Failed(RuntimeError):
+    """One of the demo's runs has failed; its log says why."""
 
 
 @dataclass
@@ -81,7 +50,7 @@ class Child:
         command = [sys.executable, "-m", "flowalign", "train", method, "--output", str(folder.path), "--quiet"]
         command += ["--max-wall", f"{seconds:.0f}", "--seed", str(options.seed), "--iterations", "1000000"]
         command += ["--precision", options.precision]
-        command += [*more, *shlex.split(options.options)]
+        command += [*more, *options.words]
         return cls(name, folder, start(command, options.output / f"{name}.log"), seconds)
 
     def state(self) -> tuple[float, str]:
@@ -98,20 +67,28 @@ class Child:
         """Raise if the process has failed.
 
         Raises:
-            RuntimeError: with the end of its log.
+            Failed: with the end of its log.
         """
         if self.process.poll() not in (None, 0):
             log = self.folder.path.parent / f"{self.name}.log"
-            tail = log.read_text(errors="replace")[-1500:]
-            raise RuntimeError(f"the run {self.name} failed with code {self.process.returncode}; {log} ends:\n{tail}")
+            why = _reason(log.read_text(errors="replace"))
+            raise Failed(f"the run {self.name} failed with code {self.process.returncode}: {why} More is in {log}.")
+
+
+def _reason(log: str) -> str:
+    """Return the end of a log as one line: of a traceback its last line, else what was said, without frames."""
+    words = "".join(" " if "\u2500" <= c <= "\u257f" else c for c in log)
+    lines = [" ".join(line.split()) for line in words.splitlines() if line.strip()]
+    last = lines[-1:] if "Traceback" in log else lines[-8:]
+    return " ".join(last)[-800:] or "it said nothing."
 
 
 def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     """Do the demo and return its verdict.
 
     Raises:
-        ValueError: if the folder holds a demo already.
-        RuntimeError: if one of the runs fails.
+        ValueError: if the folder holds a demo already or cannot be made, or further options are wrong.
+        Failed: if one of the runs fails.
     """
     from flowalign.cli import say
 
@@ -120,6 +97,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
         raise ValueError(
             f"{options.output} is not empty: choose another folder with --output or delete it; nothing was overwritten."
         )
+    check(options, ["flow-grpo", "diffusion-nft", _hack(options)[1]])
     options = replace(options, precision=options.precision or quicker())
     options.output.mkdir(parents=True, exist_ok=True)
     judged, more = _base(options, progress)
@@ -148,8 +126,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
 def _hack(options: DemoOptions) -> list[str]:
     """Return label, method and options of the run that shows what goes wrong.
 
-    A strict verdict is hard to hack and the small CLIP score is easy. Somebody's own reward may have no gradient: there
-    it is DiffusionNFT without its penalty.
+    Somebody's own reward may have no gradient: there it is DiffusionNFT without its penalty.
     """
     if options.options:
         return ["DiffusionNFT, no penalty", "diffusion-nft", "--preset", "hacked"]
@@ -158,14 +135,14 @@ def _hack(options: DemoOptions) -> list[str]:
 
 
 def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
-    """Judge the base once, beside the run that shows hacking; return the seconds it took and options that reuse it."""
+    """Judge the base once, beside the run that is let go; return the seconds it took and options that reuse it."""
     share = min(options.total / 7, 70.0)  # longer, it breaks in most seeds
     exam = _exam(25 if options.full else 8, options.images)
     _, method, *how = _hack(options)
     hacked = Child.start("hacked", method, options, share, *how, *_exam(8, max(2, options.images // 5)))
     base = Folder(options.output / "base")
     command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *exam]
-    command += ["--precision", options.precision, *shlex.split(options.options)]
+    command += ["--precision", options.precision, *of_base(options.words)]
     judge = Child("base", base, start(command, options.output / "base.log"), 0.0)
     wait([hacked, judge], progress)
     seconds = float(base.summary()["seconds"]["evaluate_before"])
@@ -193,7 +170,7 @@ def wait(children: Sequence[Child], progress: bool) -> None:
     """Show bars until all are done; one that fails ends the others.
 
     Raises:
-        RuntimeError: see :meth:`Child.check`.
+        Failed: see :meth:`Child.check`.
     """
     from tqdm.auto import tqdm
 

@@ -28,10 +28,12 @@ def verdict(summaries: dict[str, dict[str, Any]], focus: str, full: bool = False
     figures = {name: _figures(s, focus) for name, s in summaries.items()}
     two = sorted(list(figures.values())[:2], key=lambda f: -f["gain"][0])
     need = FULL_GAIN if full else GAIN
+    # twenty minutes are for the better one: the full demo promises nothing of the other but that it does no harm
+    other = {} if full else {f"the other gains {100 * OTHER_GAIN:.0f} points": two[1]["gain"][0] >= OTHER_GAIN}
     promises = {
         f"the better gains {100 * need:.0f} points and five standard errors": two[0]["gain"][0] >= need
         and two[0]["gain"][0] > 5 * two[0]["gain"][1],
-        f"the other gains {100 * OTHER_GAIN:.0f} points": two[1]["gain"][0] >= OTHER_GAIN,
+        **other,
         f"both keep {KEPT:.0%} of the layouts": all((f["layouts_kept"] or 0) >= KEPT for f in two),
         f"no other category falls by more than {-100 * HARM:.0f} points": all(f["worst_other"] >= HARM for f in two),
     }
@@ -75,13 +77,26 @@ def report(output: Path, folders: Sequence[Folder], labels: Sequence[str]) -> Pa
     """Write one report of all runs, the two methods first, then the one that is hacked, then the control."""
     from flowalign.report import write_report
 
-    notes = ["", "", "Must not be followed: look at the layouts and at the other categories.", "Must not gain."]
+    notes = ["", "", free(folders[2]), "Must not gain."]
     words = (
         "One little text-to-image model, fine-tuned by two methods on the verdict of a strict judge, and a third time "
-        "with nothing that holds it to the base. The third one's own reward rises fast, and something that it was not "
-        "asked for pays: fewer layouts, other categories, in some seeds the strict verdict itself."
+        "with nothing that holds it to the base, and too large steps. What becomes of that one differs by seed: "
+        "layouts go, other categories, or the pictures themselves."
     )
     return write_report(
         folders, output / "report.html", labels=labels, notes=notes[: len(folders)],
         title="The demo: alignment, with and without a penalty", words=words,
     )  # fmt: skip
+
+
+def free(folder: Folder) -> str:
+    """Return what became of the run that nothing holds: its own reward, the judge's verdict, the layouts."""
+    checks, summary = folder.lines("checks.jsonl"), folder.summary()
+    own, parts = checks[-1]["trained"]["gain"], summary.get("accuracy", {})
+    said = [f"Must not be followed. Its own reward changed by {own[0]:+.3f} ± {own[1]:.3f}"]
+    said += [f"{name} by {100 * p['gain'][0]:+.1f} ± {100 * p['gain'][1]:.1f} points" for name, p in parts.items()]
+    kept = {name: p["layouts_kept"] for name, p in parts.items() if p["layouts_kept"] is not None}
+    if kept:
+        least = min(kept, key=lambda name: kept[name])
+        said.append(f"of the layouts of {least} {kept[least]:.0%} are left")
+    return ", ".join(said) + f"; drift {summary.get('drift', 0.0):.2f}."

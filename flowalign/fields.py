@@ -38,7 +38,7 @@ def update(base: Any, data: Mapping[str, Any], where: str) -> Any:
     for key in data:
         if key not in fields:
             raise ValueError(
-                f"{where}: there is no key {key!r} in {type(base).__name__}. {_nearest(key, list(fields))}"
+                f"{where}: there is no key {key!r} in {type(base).__name__}. {_nearest(str(key), list(fields))}"
             )
     new = {k: _convert(fields[k], v, getattr(base, k), f"{where}: {k}") for k, v in data.items()}
     return replace(base, **new)

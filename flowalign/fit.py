@@ -71,8 +71,8 @@ def fit(
         accelerator: an ``accelerate.Accelerator`` for several processes; None for one.
         folder: where checkpoints go; none are written without it. Of several processes the main one writes.
         resume: continue from the newest checkpoint of the folder.
-        stop: asked after each iteration; a true answer, of any process, saves and ends the run (Ctrl-C, a user's own
-            budget). Budgets are those of each process, and end all with the first.
+        stop: asked before the first iteration and after each; a true answer, of any process, saves and ends the run
+            (Ctrl-C, a user's own budget). Budgets are those of each process, and end all with the first.
 
     Raises:
         ValueError: before any sampling, for settings that cannot learn.
@@ -82,7 +82,7 @@ def fit(
     """
     check_settings(pipeline, recipe, options)
     check_gradients(pipeline, scorer, recipe)
-    check_processes(source, options, accelerator)
+    check_processes(source, options, accelerator, recipe.uneven)
     policy.ledger = scorer.ledger
     if recipe.objective.shaped:
         first = source.draw(0, 1, options.size)
@@ -93,6 +93,8 @@ def fit(
     gather = same if accelerator is None else accelerator.gather
     collector = Collector(pipeline, scorer, policy, recipe, options.steps, options.seed, gather, options.overlap)
     keeper = Keeper(folder if _leads(accelerator) else None, trainer, options.checkpoint_every)
+    if _agreed(stop(), accelerator):  # a run that is over is restored, and taken no further
+        return
     if trainer.iteration == 0:
         for learner in trainer.learners:
             learner.before(collector, source, options)
@@ -244,7 +246,7 @@ def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> N
     """
     wants = recipe.objective.wants
     if wants in ("transitions", "paths"):
-        trained_steps(recipe, recipe.grid(pipeline.times(options.steps)))
+        trained_steps(recipe, recipe.grid(pipeline.times(options.steps)), pipeline.process)
     if options.filter_groups and wants != "transitions":
         raise ValueError(
             f"fit.filter_groups leaves groups without variance out of a policy gradient; this objective trains on "
@@ -269,14 +271,19 @@ def check_settings(pipeline: Pipeline, recipe: Recipe, options: FitOptions) -> N
         )
 
 
-def check_processes(source: Source, options: FitOptions, accelerator: Any) -> None:
+def check_processes(source: Source, options: FitOptions, accelerator: Any, uneven: bool = False) -> None:
     """Refuse what would make several processes draw or count differently, and hang.
 
     Raises:
-        ValueError: for a source that follows rewards, or groups left out by reward.
+        ValueError: for a source that follows rewards, or groups or samples left out by reward (``uneven``).
     """
     if accelerator is None or accelerator.num_processes == 1:
         return
+    if uneven:
+        raise ValueError(
+            f"this method trains on the samples that its rewards choose: {accelerator.num_processes} processes would "
+            "choose differently many and take different numbers of steps. Use one process."
+        )
     if not source.alike or options.filter_groups:
         what = "fit.filter_groups" if options.filter_groups else "a source that follows the rewards"
         raise ValueError(

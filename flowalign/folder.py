@@ -1,10 +1,11 @@
 """The folder of a run: what it holds, how it is opened, and how it is found again after a crash.
 
-    config.yaml           the resolved configuration           result/        LoRA or pipeline, diffusers format
-    metrics.jsonl         one line per iteration               images/        grids before and after
-    checks.jsonl          small evaluations on the way         summary.json   figures, cost, versions
-    checkpoints/          the newest two                       report.html    all of it to look at
-    before.pt, after.pt   the evaluations, image by image      tensorboard/   the chosen trackers' own files
+    config.yaml           what was asked for, defaults too     result/        LoRA or pipeline, diffusers format
+    resolved.yaml         with what a world and machine bring  images/        grids before and after
+    metrics.jsonl         one line per iteration               summary.json   figures, cost, versions
+    checks.jsonl          small evaluations on the way         report.html    all of it to look at
+    checkpoints/          the newest two                       tensorboard/   the chosen trackers' own files
+    before.pt, after.pt   the evaluations, image by image      costs.json     seconds and evaluations of all its parts
 
 Files are written beside their final name and renamed, so that a kill leaves the old or the new one, never half of one.
 """
@@ -47,8 +48,13 @@ class Folder:
         self.path = path
 
     @classmethod
-    def open(cls, config: RunConfig, resume: bool = False) -> Folder:
+    def open(cls, config: RunConfig, resume: bool = False, resolved: RunConfig | None = None) -> Folder:
         """Make the folder of a new run, or go back to that of an old one.
+
+        Args:
+            config: what was asked for; a resumed run is held to it.
+            resume: go back.
+            resolved: the same with what a demo world and the machine bring, to be read.
 
         Raises:
             ValueError: see :meth:`check`.
@@ -57,6 +63,8 @@ class Folder:
         folder = cls(config.folder)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write("config.yaml", _yaml(to_dict(config)))
+        if resolved is not None:
+            folder.write("resolved.yaml", _yaml(to_dict(resolved)))
         return folder
 
     @classmethod
@@ -131,19 +139,30 @@ class Folder:
         if (self.path / name).is_file():
             self.write(name, "".join(json.dumps(r) + "\n" for r in kept))
 
-    def remember(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors and plain values of a file, made once."""
-        path = self.path / name
-        if not path.is_file():
-            temporary = path.with_name(path.name + ".tmp")
-            torch.save(make(), temporary)
-            os.replace(temporary, path)
+    def remember(self, name: str, make: Callable[[], dict[str, Any]], **now: Any) -> dict[str, Any]:
+        """Return tensors and plain values of a file, made once; again where what it says of ``now`` is not so."""
+        path, kept = self.path / name, self.recall(name)
+        if kept is not None and all(kept.get(k) == v for k, v in now.items()):
+            return kept
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save(make() | now, temporary)
+        os.replace(temporary, path)
         return torch.load(path, weights_only=True)
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """Return what was remembered, or None."""
         path = self.path / name
         return torch.load(path, weights_only=True) if path.is_file() else None
+
+    def spent(self) -> dict[str, float]:
+        """Return ``costs.json``: what was spent, by name, over all processes that worked on the run."""
+        path = self.path / "costs.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def spend(self, **amounts: float) -> None:
+        """Add to what was spent."""
+        spent = self.spent()
+        self.write("costs.json", json.dumps({**spent, **{k: spent.get(k, 0.0) + v for k, v in amounts.items()}}) + "\n")
 
     def summary(self) -> dict[str, Any]:
         """Return ``summary.json``; empty where the run has not ended."""

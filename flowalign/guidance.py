@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flowalign.process import Posterior, Time
+from flowalign.values import Score
 
 __all__ = ["Along", "Guide", "Twist"]
 
@@ -31,6 +32,15 @@ class Guide(ABC):
     where: Where
     through_network: bool
     weighted: bool = True
+
+    def enter(self, score: Score, seed: int, keys: tuple[int, ...] | None) -> None:  # noqa: B027 - most ask nobody
+        """Hear who judges the coming rollout, for guides that ask (SPSA); most do not.
+
+        Args:
+            score: ``(x0 states, row) → (B,)``.
+            seed: of the rollout's noise.
+            keys: of its rows; see :class:`flowalign.noise.Noise`.
+        """
 
     @abstractmethod
     def active(self, t: float) -> bool:

@@ -102,7 +102,7 @@ def base(options: BaseOptions) -> dict[str, Any]:
     outcome = examine(job.judged, Policy(job.judged, context=job.frozen), job.judge, job.exam, layouts=job.layouts)
     folder = Folder(o.output)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.remember("before.pt", lambda: outcome.state_dict() | {"mark": job.exam.mark})
+    folder.remember("before.pt", lambda: outcome.state_dict() | {"mark": job.mark})
     accuracy = {
         c: {"images": len(outcome.of(c)), "mean": mean_se(outcome.judged[outcome.of(c)])} for c in job.exam.categories
     }

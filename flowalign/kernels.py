@@ -80,8 +80,8 @@ class EulerMaruyama(Kernel):
         return Gaussian(x + (posterior.velocity + push * posterior.eps) * per_sample(dt, x), std), None
 
     def stochastic(self, t: float, s: float) -> bool:
-        """Return whether the law is not the ODE's (a law may still vanish at single times)."""
-        return not isinstance(self.law, Ode)
+        """Return the law's own answer: one of level 0 is the ODE by another name."""
+        return self.law.stochastic(t, s)
 
 
 EULER = EulerMaruyama()

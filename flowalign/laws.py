@@ -43,7 +43,7 @@ class NoiseLaw(ABC):
         """Return the noise of the step from t to s < t."""
 
     def stochastic(self, t: float, s: float) -> bool:
-        """Return whether the step draws noise."""
+        """Return whether the step from t to s draws noise: a law of level 0 draws none."""
         return True
 
 
@@ -75,6 +75,10 @@ class FlowGrpo(NoiseLaw):
         alpha, sigma = process(t)
         return self.a * (sigma / torch.where(alpha > 0, alpha, process(s)[0])).sqrt()
 
+    def stochastic(self, t: float, s: float) -> bool:
+        """Return whether a > 0."""
+        return self.a > 0
+
 
 @dataclass(frozen=True)
 class Constant(NoiseLaw):
@@ -85,6 +89,10 @@ class Constant(NoiseLaw):
     def __call__(self, process: Process, t: Time, s: Time) -> Tensor:
         """Return ``eta``."""
         return torch.full_like(as_time(t), self.eta)
+
+    def stochastic(self, t: float, s: float) -> bool:
+        """Return whether η > 0."""
+        return self.eta > 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,8 @@ class Cps(NoiseLaw):
         return process(s)[1] * math.sin(self.eta * math.pi / 2)
 
     def stochastic(self, t: float, s: float) -> bool:
-        """Return whether noise is drawn: at data time σ_s = 0."""
-        return self.eta > 0 and s > 0
+        """Return whether the sine is positive and s > 0: at data time σ_s = 0."""
+        return 0 < self.eta < 2 and s > 0
 
 
 @dataclass(frozen=True)
@@ -164,13 +172,20 @@ class Table(NoiseLaw):
 
     def __call__(self, process: Process, t: Time, s: Time) -> Tensor:
         """Return ψ(t)."""
-        t = as_time(t)
+        return self._level(as_time(t))
+
+    def _level(self, t: Tensor) -> Tensor:
+        """Interpolate ψ between its knots."""
         knots, psi = self.times.flip(0).to(t.device), self.values.flip(0).to(t.device)
         if len(knots) == 1:
             return psi[0].expand_as(t).clone()
         i = torch.searchsorted(knots, t.contiguous()).clamp(1, len(knots) - 1)
         w = ((t - knots[i - 1]) / (knots[i] - knots[i - 1])).clamp(0, 1)
         return psi[i - 1] + w * (psi[i] - psi[i - 1])
+
+    def stochastic(self, t: float, s: float) -> bool:
+        """Return whether ψ(t) > 0."""
+        return bool(self._level(as_time(t)) > 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return times and values."""
@@ -220,5 +235,5 @@ class Clipped(NoiseLaw):
         return torch.minimum(self.law(process, t, s), self.limit / (as_time(t) - as_time(s)).sqrt())
 
     def stochastic(self, t: float, s: float) -> bool:
-        """Return the answer of the law that is clipped."""
-        return self.law.stochastic(t, s)
+        """Return the answer of the law that is clipped; none is drawn below a limit of 0."""
+        return self.limit > 0 and self.law.stochastic(t, s)

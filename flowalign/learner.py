@@ -6,6 +6,7 @@ Once per iteration the training loop lets them learn, and a checkpoint holds the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -50,6 +51,9 @@ class Learner(Stateful):
             gather: joins per-sample values of all processes, so that all learn the same.
         """
         return {}
+
+    def export(self, folder: Path) -> None:
+        """Write what of it outlives the run into the folder of the run's result; most have nothing."""
 
 
 @runtime_checkable

@@ -89,7 +89,7 @@ def _wanted(recipe: Recipe, e: Experience, update: int) -> Any:
     if wants == "pairs":
         return pairs(e, recipe.objective.times, recipe.pairs, update)
     if wants == "paths":
-        levels = set(trained_steps(recipe, e.trajectory.times))
+        levels = set(trained_steps(recipe, e.trajectory.times, e.policy.process))
         return paths(e, None if recipe.credit is None else recipe.credit(e), update, levels)
     if wants == "leaves":
         return leaves(e, _leaf_weight(recipe, e), recipe.objective.times, update, _names(recipe, e))
@@ -100,7 +100,7 @@ def _transitions(recipe: Recipe, e: Experience) -> Transitions:
     if "credit" not in e.cache:
         assert recipe.credit is not None
         e.cache["credit"] = recipe.credit(e)
-    levels = set(trained_steps(recipe, e.trajectory.times))
+    levels = set(trained_steps(recipe, e.trajectory.times, e.policy.process))
     steps = e.trajectory.transitions(e.cache["credit"], lambda k, t, s: k in levels)
     return steps if recipe.thin is None else recipe.thin(steps, e)
 

@@ -22,7 +22,6 @@ With independent errors and a flat held-out reward, 2.7 % of runs of 30 checks a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -149,19 +148,21 @@ class Checker:
     def __init__(self, run: Run) -> None:
         self.run, self.exam = run, None if run.job.check is None else grouped(run.job.check)
         if self.exam is not None:
-            self.base = Outcome.recall(run.folder.remember("check.pt", lambda: self._look("reference").state_dict()))
+            self.base = Outcome.recall(run.folder.remember("check.pt", self._first))
             if not run.folder.lines("checks.jsonl"):
                 self.write(0, self.base, "reference")
+
+    def _first(self) -> dict[str, Any]:
+        with self.run.spending("checks"):
+            return self._look("reference").state_dict()
 
     def __call__(self, iteration: int) -> None:
         """Look, if it is time."""
         every = self.run.job.config.evaluation.every
         if self.exam is None or iteration % every:
             return
-        began = time.perf_counter()
-        self.write(iteration, self._look(self.run.role), self.run.role)
-        seconds = self.run.seconds
-        seconds["checks"] = seconds.get("checks", 0.0) + time.perf_counter() - began
+        with self.run.spending("checks"):
+            self.write(iteration, self._look(self.run.role), self.run.role)
 
     def ends(self, at: float = math.inf) -> bool:
         """Return whether the run is to end because it was marked before iteration ``at``.

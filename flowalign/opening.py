@@ -17,7 +17,7 @@ from flowalign.protocols import Pipeline, Reward
 
 __all__ = [
     "check_pipeline", "check_rewards", "function", "open_pipeline", "open_reward", "open_rewards", "pick_device",
-    "reward_weights",
+    "plain_source", "reward_weights",
 ]  # fmt: skip
 
 
@@ -88,21 +88,33 @@ def open_pipeline(
     """Return a generator once for each answer to whether its guidance rule is on; all share their networks.
 
     Raises:
-        ValueError: for a pipeline that does not exist, with the nearest names.
+        ValueError: for a pipeline that does not exist, with the nearest names, or that cannot be loaded, with why.
     """
     if ":" in name:
         return [function(name)()] * len(guided)
     from flowalign.pipelines import load
 
     _hush()
-    facts = WORLDS.get(name)
+    facts, where = WORLDS.get(name), _location(name)
     options = {**(facts.call if facts else {}), **call}
-    made: dict[bool, Any] = {guided[0]: load(_location(name), options, guided=guided[0], device=device, dtype=dtype)}
+    try:
+        made: dict[bool, Any] = {guided[0]: load(where, options, guided=guided[0], device=device, dtype=dtype)}
+    except OSError as error:  # what diffusers and the hub raise for files that are not there, and for no connection
+        raise ValueError(_unread(name, error)) from error
     pipe = made[guided[0]].pipe
     pipe.set_progress_bar_config(disable=True)
     for on in guided[1:]:
         made.setdefault(on, load(pipe, options, guided=on, check=False) if on not in made else None)
     return [cast(Pipeline, made[on]) for on in guided]
+
+
+def _unread(name: str, error: OSError) -> str:
+    """Return one paragraph on a pipeline whose files cannot be read."""
+    why = " ".join(str(error).split())
+    why = why if len(why) <= 300 else why[:300].rsplit(" ", 1)[0] + " ..."
+    if Path(name).exists():
+        return f"{name} cannot be loaded as a diffusers pipeline, a folder written by save_pretrained: {why}"
+    return f"there is no folder {name}, and the hub id {name} cannot be loaded: {why}"
 
 
 def _hush() -> None:
@@ -164,3 +176,13 @@ def function(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
+
+
+def plain_source(name: str, pipeline: Pipeline) -> str | None:
+    """Return what ``DiffusionPipeline.from_pretrained`` finds a generator by; None for one that is not diffusers'."""
+    from flowalign.pipelines import worlds
+    from flowalign.pipelines.adapter import Adapter
+
+    if not isinstance(pipeline, Adapter):
+        return None
+    return str(worlds.path(name)) if name in worlds.WORLDS else name

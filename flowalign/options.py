@@ -27,6 +27,7 @@ class FitOptions:
         betas: AdamW's.
         weight_decay: AdamW's.
         warmup: optimiser steps of linear warm-up.
+        ema_every: optimiser steps between updates of the averaged weights (``ema``; its warm-up counts the updates).
         max_grad_norm: gradient clipping.
         seed: of the run.
         max_seconds: stop in time.
@@ -50,6 +51,7 @@ class FitOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     warmup: int = 0
+    ema_every: int = 1
     max_grad_norm: float = 1.0
     seed: int = 0
     max_seconds: float | None = None
@@ -68,6 +70,7 @@ class FitOptions:
             "accumulate": 0,
             "overlap": 1,
             "warmup": 0,
+            "ema_every": 1,
             "checkpoint_every": 0,
         }
         for name, low in least.items():
@@ -77,3 +80,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:  # not a number is not positive either
                 raise ValueError(f"{name} must be positive; got {value}.")
+        for name in ("weight_decay", "ratio_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are decays: at least 0 and below 1; got {self.betas}.")

@@ -51,7 +51,7 @@ def _read_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise ValueError(f"the prompt file {path} does not exist.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028, which JSON allows
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt file {path} is not UTF-8 text: {error}.") from error
     while lines and not lines[-1].strip():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from flowalign.aggregate import Aggregate, Sum
@@ -22,6 +23,7 @@ from flowalign.kernels import Kernel
 from flowalign.learner import Learner
 from flowalign.objectives.base import Objective
 from flowalign.potentials.base import Potential
+from flowalign.process import Process, Rectified
 from flowalign.restraint import Restraint
 from flowalign.rollout import Tape
 from flowalign.selection.base import Selection
@@ -32,6 +34,7 @@ __all__ = ["Learner", "Recipe"]
 
 
 T = TypeVar("T")
+FLOW = Rectified()
 Search = Callable[[Any, Any, Any, int], Trajectory]  # (collector, draw, judge, iteration) -> leaves with weights
 
 
@@ -64,6 +67,8 @@ class Recipe:
         shared_noise: one initial noise for all samples of a group (DanceGRPO).
         trained: ``(level, t, s) → bool``: which of the stochastic steps are trained.
         thin: a further subset of the transitions of an iteration, e.g. random steps per sample.
+        uneven: whether ``thin`` leaves more or fewer transitions as the rewards fall out; several processes, each with
+            rewards of its own, would then take different numbers of steps.
         tape: iteration → which levels carry a graph (reward backpropagation).
         growth: how a taped batch is grown where it is no plain rollout (Direct-Align, part of the way and back).
         renoise: re-noisings of the finished sample for the last taped step (DRaFT-LV); 0 for none.
@@ -90,6 +95,7 @@ class Recipe:
     shared_noise: bool = False
     trained: Callable[[int, float, float], bool] = always
     thin: Callable[[Transitions, Experience], Transitions] | None = None
+    uneven: bool = False
     tape: Callable[[int], Tape] | None = None
     growth: Growth | None = None
     renoise: int = 0
@@ -108,8 +114,13 @@ class Recipe:
         return tuple(dict.fromkeys(used))
 
 
-def trained_steps(recipe: Recipe, times: Tensor) -> list[int]:
+def trained_steps(recipe: Recipe, times: Tensor, process: Process = FLOW) -> list[int]:
     """Return the levels whose step draws noise and is trained.
+
+    Args:
+        recipe: the method.
+        times: ``(K + 1,)`` of its sampler, falling.
+        process: the generator's; some laws vanish at data time where it is clean, and do not where noise is left there.
 
     Raises:
         ValueError: if there is none: the method would have nothing to learn from.
@@ -118,7 +129,7 @@ def trained_steps(recipe: Recipe, times: Tensor) -> list[int]:
     levels = [
         k
         for k in range(len(grid) - 1)
-        if recipe.kernel.stochastic(grid[k], grid[k + 1]) and recipe.trained(k, grid[k], grid[k + 1])
+        if recipe.trained(k, grid[k], grid[k + 1]) and _noisy(recipe.kernel, process, grid[k], grid[k + 1])
     ]
     if not levels:
         raise ValueError(
@@ -126,3 +137,11 @@ def trained_steps(recipe: Recipe, times: Tensor) -> list[int]:
             "more steps, a positive noise level, or a wider window."
         )
     return levels
+
+
+def _noisy(kernel: Kernel, process: Process, t: float, s: float) -> bool:
+    """Return whether the step's law has a density: a law may say that it draws noise and have std 0 at this step."""
+    if not kernel.stochastic(t, s):
+        return False
+    x = torch.zeros(1, 1)
+    return bool((kernel(x, process.posterior(x, t, x0=x), t, s)[0].std > 0).any())

@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from flowalign.config import to_dict
+from flowalign.opening import plain_source
 
 if TYPE_CHECKING:
     from flowalign.build import Job
@@ -22,11 +23,11 @@ tags: [flowalign, {method}, alignment]
 {summary}, on the reward `{reward}`. Made by [flowalign](https://github.com/flowalign/flowalign); figures, pictures
 and the full configuration are in the run's `summary.json`, `report.html` and `config.yaml`.
 
+As it was evaluated:
+
 ```python
 {code}
 ```
-
-Sample as it was evaluated: {steps} steps{call}.
 
 ## Configuration
 
@@ -39,13 +40,10 @@ Sample as it was evaluated: {steps} steps{call}.
 {reference}
 ```
 """
-LORA = """from diffusers import DiffusionPipeline
+PLAIN = """from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{pipeline}")
-pipe.load_lora_weights("{folder}")"""
-WHOLE = """from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{folder}")"""
+pipe = DiffusionPipeline.from_pretrained({source!r}){adapter}
+out = pipe(prompt={prompt!r}, {call}){comment}"""
 
 
 def save_result(job: Job, folder: Folder) -> None:
@@ -58,14 +56,28 @@ def save_result(job: Job, folder: Folder) -> None:
     final, fresh = folder.path / "result", folder.path / "result.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
     job.pipeline.save(fresh)
-    config, method = job.config, job.config.method
-    code = (WHOLE if config.lora is None else LORA).format(pipeline=config.pipeline, folder=final)
-    call = "".join(f", {k}={v}" for k, v in config.call.items())
+    config, method = job.resolved, job.config.method
     text = CARD.format(
         method=method.name, pipeline=config.pipeline, summary=method.summary.capitalize(), reward=config.reward,
-        code=code, steps=job.exam.steps, call=call, config=yaml.safe_dump(to_dict(config), sort_keys=False),
+        code=_code(job, str(final)), config=yaml.safe_dump(to_dict(config), sort_keys=False),
         reference=method.reference,
     )  # fmt: skip
     (fresh / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     fresh.replace(final)
+
+
+def _code(job: Job, folder: str) -> str:
+    """Return the lines that load the result into plain diffusers and sample as the evaluation did."""
+    config = job.resolved
+    base = plain_source(config.pipeline, job.judged)
+    if base is None:
+        return f"# the weights as {config.pipeline} saves them: {folder}"
+    call = {"num_inference_steps": job.exam.steps, **config.call}
+    return PLAIN.format(
+        source=folder if config.lora is None else base,
+        adapter="" if config.lora is None else f"\npipe.load_lora_weights({folder!r})",
+        prompt=job.exam.prompts[0].text,
+        call=", ".join(f"{k}={v!r}" for k, v in call.items()),
+        comment="" if config.evaluation.guidance else "  # it was judged without the pipeline's guidance rule",
+    )

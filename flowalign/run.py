@@ -8,8 +8,11 @@ NaN. After a crash or Ctrl-C the same call with ``resume=True`` goes on from the
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +24,12 @@ from flowalign import checkpoint
 from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
 from flowalign.config import RunConfig
-from flowalign.evaluate import Exam, Outcome, examine
 from flowalign.fit import check_gradients, check_settings, fit
 from flowalign.folder import Folder
 from flowalign.ledger import Ledger
 from flowalign.methods.base import Training
 from flowalign.monitor import Checker
+from flowalign.paired import borrowed, judge_base, judge_trained, recall
 from flowalign.policy import Policy, Weights
 from flowalign.prepare import prepare
 from flowalign.progress import Bars, patience, trackers
@@ -55,7 +58,6 @@ class Run:
         parameters: what is trained.
         other: a policy with the same roles on the evaluated pipeline, with a ledger of its own.
         role: whose weights are evaluated and saved.
-        seconds: of evaluations, by name.
     """
 
     job: Job
@@ -65,7 +67,14 @@ class Run:
     parameters: list[nn.Parameter]
     other: Policy
     role: str
-    seconds: dict[str, float]
+
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Book the seconds of a block under a name, and the network evaluations of the evaluated pipeline."""
+        began, count = time.perf_counter(), self.other.ledger.evaluations
+        yield
+        more = self.other.ledger.evaluations - count
+        self.folder.spend(**{name: time.perf_counter() - began, "evaluation_network_evaluations": more})
 
 
 def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -84,13 +93,15 @@ def train(config: RunConfig, resume: bool = False, progress: bool = True) -> dic
     """
     run = start(config, resume)
     say = Bars(progress)
-    before = _base(run, say)
+    before = judge_base(run, say)
     interrupted = _learn(run, say)
     after = None
     if not interrupted:
-        after = _recall(run.folder.remember("after.pt", lambda: _exam(run, run.role, "after", say)), run.job.exam)
+        after = judge_trained(run, say)
     with run.policy.playing(run.role):
         save_result(run.job, run.folder)
+    for learner in run.recipe.learners:
+        learner.export(run.folder.path / "result")
     summary = summarise(run, before, after, "interrupted" if interrupted else "done")
     from flowalign.report import write_report
 
@@ -118,6 +129,8 @@ def start(config: RunConfig, resume: bool = False) -> Run:
         raise ValueError(f"evaluation.base: there is no file {given}; it is the before.pt of another run's folder.")
     torch.manual_seed(config.fit.seed)
     job = build(config)
+    if given is not None:
+        recall(borrowed(given), job)
     recipe = method.recipe(job.pipeline.times(config.fit.steps))
     if config.restraint is not None:
         recipe = replace(recipe, restraint=config.restraint)
@@ -133,10 +146,10 @@ def start(config: RunConfig, resume: bool = False) -> Run:
     planned = None
     if config.memory_budget is not None:
         recipe, planned = _fit_memory(job, recipe, policy, parameters)
-    folder = Folder.open(config, resume)
+    folder = Folder.open(config, resume, job.resolved)
     if planned is not None:
         (folder.path / "memory.txt").write_text(f"{planned}\n")
-    return Run(job, folder, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
+    return Run(job, folder, recipe, policy, parameters, other, "current" if config.ema is None else "ema")
 
 
 def _fit_memory(job: Job, recipe: Recipe, policy: Policy, parameters: list[nn.Parameter]) -> tuple[Recipe, MemoryPlan]:
@@ -173,64 +186,22 @@ def _probe(job: Job, recipe: Recipe, policy: Policy) -> None:
     policy.ledger, (job.scorer.ledger, job.judge.ledger) = kept, booked
 
 
-# -- evaluation ------------------------------------------------------------------------------------------------------
-def _base(run: Run, say: Bars) -> Outcome:
-    """Return the evaluation of the base: made once per folder, or taken from another run's."""
-    source = run.job.config.evaluation.base
-    if source is None:
-        made = run.folder.remember("before.pt", lambda: _exam(run, "reference", "before", say))
-    else:
-        made = run.folder.remember("before.pt", lambda: _borrowed(source))
-    return _recall(made, run.job.exam)
-
-
-def _borrowed(path: Path) -> dict[str, Any]:
-    """Return another run's evaluation of the base."""
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(f"evaluation.base: {path} is no before.pt of a run ({error}).") from error
-
-
-def _recall(state: dict[str, Any], exam: Exam) -> Outcome:
-    """Return an outcome that was kept.
-
-    Raises:
-        ValueError: if it is of another exam.
-    """
-    if state["mark"] != exam.mark:
-        raise ValueError(
-            f"the evaluation kept in the file is of {state['mark']}, and this run asks for {exam.mark}: they cannot be "
-            "paired. Leave evaluation.base out, or set prompts, images, steps and seed alike."
-        )
-    return Outcome.recall(state)
-
-
-def _exam(run: Run, role: str, name: str, say: Bars) -> dict[str, Any]:
-    exam, began = run.job.exam, time.perf_counter()
-    with say.bar(len(exam.rows()), f"evaluate {name}") as tick:
-        outcome = examine(
-            run.job.judged, run.other, run.job.judge, exam, role=role, layouts=run.job.layouts, progress=tick
-        )
-    run.seconds[f"evaluate_{name}"] = time.perf_counter() - began
-    return outcome.state_dict() | {"mark": exam.mark}
-
-
 # -- training --------------------------------------------------------------------------------------------------------
 def _learn(run: Run, say: Bars) -> bool:
     """Train to the end of the budget; return whether it was interrupted."""
     o, config = run.job.config.fit, run.job.config
     place = run.folder.path / CHECKPOINTS
+    state = _rewind(run, place)
     checker = Checker(run)
-    at = _catch_up(run, place, checker)
-    if checker.ends(at):
-        return False
+    at = _catch_up(run, state, checker)
     with trackers(run) as log, patience() as interrupted:
-        began = time.perf_counter()
+        began = time.perf_counter() - run.folder.spent().get("clock", 0.0)
+        first = iter([at])  # asked before any iteration, when a check of this very moment does not end the run yet
 
         def asked() -> bool:
+            marked = checker.ends(next(first, math.inf))
             late = config.max_wall is not None and time.perf_counter() - began >= config.max_wall
-            return late or checker.ends() or interrupted()
+            return late or marked or interrupted()
 
         stream = fit(
             run.job.pipeline, run.job.scorer, run.job.source, run.recipe, o, policy=run.policy,
@@ -241,25 +212,25 @@ def _learn(run: Run, say: Bars) -> bool:
                 run.folder.append("metrics.jsonl", metrics)
                 log(metrics)
                 checker(int(metrics["iteration"]))
+                run.folder.spend(clock=time.perf_counter() - began - run.folder.spent().get("clock", 0.0))
                 tick(1, {"reward": metrics.get("reward", float("nan"))})
         return interrupted()
 
 
-def _catch_up(run: Run, place: Path, checker: Checker) -> int:
-    """Bring the records to where the newest checkpoint is; return its iteration.
-
-    Lines after it are dropped, as they will be written again. A kill between the checkpoint and its line or its check
-    leaves those missing: they are made now.
-    """
+def _rewind(run: Run, place: Path) -> dict[str, Any] | None:
+    """Return the newest checkpoint; drop the lines after it, and half a line: they will be written again."""
     newest = checkpoint.latest(place)
-    if newest is None:
-        for name in RECORDS:
-            run.folder.rewind(name, 0)
-        return 0
-    state = checkpoint.load(newest)
-    at = int(state["iteration"])
+    state = None if newest is None else checkpoint.load(newest)
     for name in RECORDS:
-        run.folder.rewind(name, at)
+        run.folder.rewind(name, 0 if state is None else int(state["iteration"]))
+    return state
+
+
+def _catch_up(run: Run, state: dict[str, Any] | None, checker: Checker) -> int:
+    """Return the iteration of the newest checkpoint; make what a kill between it and its line or check left out."""
+    if state is None:
+        return 0
+    at = int(state["iteration"])
     lines, checks = (run.folder.lines(name) for name in RECORDS)
     if not lines or lines[-1]["iteration"] < at:
         run.folder.append("metrics.jsonl", state["metrics"])

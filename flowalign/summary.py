@@ -52,7 +52,8 @@ def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> 
 
     config, ledger = run.job.config, run.policy.ledger
     lines = run.folder.lines("metrics.jsonl")
-    old = run.folder.summary().get("seconds", {})
+    spent = run.folder.spent()
+    asked, clock = int(spent.pop("evaluation_network_evaluations", 0)), spent.pop("clock", 0.0)
     summary: dict[str, Any] = {
         "status": status,
         "method": config.method.name,
@@ -64,14 +65,15 @@ def summarise(run: Run, before: Outcome, after: Outcome | None, status: str) -> 
         "gradients": ledger.gradients,
         "decodes": ledger.decodes,
         "rewards": ledger.rewards,
-        "seconds": {**old, **ledger.phases, **run.seconds},
+        "seconds": {**ledger.phases, **spent},
         "trained_seconds": ledger.seconds,
-        "evaluation_network_evaluations": run.other.ledger.evaluations,
+        "clock_seconds": clock,
+        "evaluation_network_evaluations": asked,
         "seed": config.fit.seed,
         "versions": versions(),
         "commit": commit(),
         "prompts": {str(i): p.text for i, p in enumerate(run.job.exam.prompts)},
-        "config": flatten(to_dict(config)),
+        "config": flatten(to_dict(run.job.resolved)),
         "hacking": marks(run.folder.lines("checks.jsonl")),
     }
     if after is not None:

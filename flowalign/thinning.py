@@ -18,7 +18,18 @@ from flowalign.experience import Experience
 from flowalign.noise import mix
 from flowalign.trajectory import Transitions, pick
 
-__all__ = ["Thin", "best_siblings", "chain", "extremes", "live_groups", "pruned", "random_steps", "with_best"]
+__all__ = [
+    "Thin",
+    "best_siblings",
+    "chain",
+    "compared",
+    "credited",
+    "extremes",
+    "live_groups",
+    "pruned",
+    "random_steps",
+    "with_best",
+]
 
 Thin = Callable[[Transitions, Experience], Transitions]
 Leaves = Callable[[Experience], Tensor]  # which leaves are kept, (N_leaves,) booleans on the CPU
@@ -103,15 +114,35 @@ def best_siblings(e: Experience) -> Tensor:
     return kept
 
 
+def credited(steps: Transitions, e: Experience) -> Transitions:
+    """Drop the steps whose credit is 0: samples that a method chose not to train on (B²-DiffuRL's other siblings).
+
+    None may be left. Not for a loss with a penalty, which trains on steps without credit too.
+    """
+    return steps[(_size(steps) > 0).nonzero().flatten()]
+
+
+def compared(steps: Transitions, e: Experience) -> Transitions:
+    """Drop the steps into nodes that are alone in their group at their level: a tree before its first split.
+
+    A credit normalised among the nodes of a group at one level is 0 there by construction, whatever the rewards. A
+    credit of another making that is not 0 there stays.
+    """
+    kept = _size(steps) > 0
+    for level in steps.level.unique().tolist():
+        size = torch.bincount(e.group[e.trajectory.at(level + 1).row], minlength=int(e.group.max()) + 1)
+        here = steps.level == level
+        kept[here] |= size[e.group[steps.row[here]]] > 1
+    return steps[kept.nonzero().flatten()]
+
+
 def live_groups(steps: Transitions, e: Experience) -> Transitions:
     """Drop the steps of groups without any credit: they would only dilute the mean (dynamic filtering).
 
     None may be left: an iteration in which no group has variance has nothing to teach, and costs no update.
     """
-    assert steps.weight is not None
-    size = steps.weight.detach().abs().reshape(len(steps), -1).sum(1).cpu()
     group = e.group[steps.row]
-    alive = torch.zeros(int(group.max()) + 1).index_add(0, group, size.float()) > 0
+    alive = torch.zeros(int(group.max()) + 1).index_add(0, group, _size(steps).float()) > 0
     return steps[alive[group].nonzero().flatten()]
 
 
@@ -131,3 +162,9 @@ def _child(steps: Transitions) -> Tensor:
     if steps.child is None:
         raise ValueError("these transitions do not say which sample they belong to; take them from a trajectory.")
     return steps.child
+
+
+def _size(steps: Transitions) -> Tensor:
+    """Return the sum of each step's absolute credits, ``(M,)`` on the CPU."""
+    assert steps.weight is not None
+    return steps.weight.detach().abs().reshape(len(steps), -1).sum(1).cpu()

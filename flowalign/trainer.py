@@ -162,7 +162,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        self.follow("ema")
+        if self.steps % self.options.ema_every == 0:
+            self.follow("ema")
         return norm
 
     def follow(self, name: str) -> None:

@@ -1,8 +1,10 @@
-"""A latent value network ``V_φ(x_t, t, prompt)``: the process reward of Euphonium, FK, TTSnap and Flow-NRG.
+"""A latent value network ``V_φ(x_t, t, prompt)``, and its training beside a policy: Euphonium's process reward.
 
 A small convolution over the noisy state (images 2-D, video 3-D, audio and token sequences 1-D), modulated by the time
 and by a bag of hashed words of the prompt, trained by regression on rollouts: every visited state predicts the reward
-of what came of it. It knows nothing of the generator, so one serves any pipeline.
+of what came of it. It knows nothing of the generator, so one serves any pipeline. Flow-NRG trains the same network on
+re-noised samples, TTSnap on posterior means; all three write one kind of file (:mod:`flowalign.value_file`), which
+fk-steering and ttsnap read.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +75,13 @@ class LatentValue(nn.Module):
 class ValueLearner(Learner):
     """Trains a latent value on the states of each iteration's rollout; also the value itself, by prompt row.
 
-    Targets are standardised by a running mean and the iteration's deviation: the reward's scale does not matter.
+    Targets are standardised by a running mean and a running variance around it, so the reward's scale does not matter:
+
+        mean ← mean + .1 (mean r - mean),    var ← var + .1 (mean (r - mean)² - var);    the first iteration sets both
+
+    The variance holds a tenth of the iteration's own squared targets before they are divided by it: their mean square
+    is at most 10, however rewards jump. An iteration whose rewards are all alike ranks no state above another and
+    would only shrink the scale: nothing is learnt from it.
 
     Args:
         width: of the network.
@@ -85,8 +94,9 @@ class ValueLearner(Learner):
         self.width, self.lr, self.passes, self.batch = width, lr, passes, batch
         self.network: LatentValue | None = None
         self.optimizer: torch.optim.Optimizer | None = None
-        self.mean, self.std = 0.0, 1.0
+        self.mean, self.std, self.seen = 0.0, 1.0, 0  # seen: iterations that taught something
         self.prompts: tuple[str, ...] = ()
+        self.weights: dict[str, float] = {}  # of the rewards whose sum is learnt
 
     def prepare(self, shape: Sequence[int], device: torch.device | str = "cpu") -> None:
         """Make the network for states of a shape, if there is none."""
@@ -118,13 +128,14 @@ class ValueLearner(Learner):
         return g
 
     def observe(self, experience: Experience) -> dict[str, float]:
-        """Regress every visited state onto the mean reward of its descendants."""
+        """Regress every visited state onto the mean reward of its descendants; no metrics where rewards are alike."""
         e, tree = experience, experience.trajectory
+        total = e.total.detach().float()
+        if not self._rescale(total):
+            return {}
         self.prepare(tree.leaves.x.shape[1:], tree.leaves.x.device)
         assert self.network is not None and self.optimizer is not None
-        total = e.total.detach().float()
-        self.mean += 0.1 * (float(total.mean()) - self.mean) if self.std != 1.0 else float(total.mean())
-        self.std = max(float(total.std(correction=0)), 1e-3)
+        self.weights = dict(e.weights)
         x, t, row, y = self._states(tree, tree.backup(total))
         words = word_ids(e.cond.prompts).to(x.device)
         g = torch.Generator().manual_seed(mix(e.seed, e.iteration, 500))
@@ -140,12 +151,31 @@ class ValueLearner(Learner):
                 losses.append(loss.detach())
         return {"value/loss": float(torch.stack(losses).mean())}
 
+    def _rescale(self, total: Tensor) -> bool:
+        """Move mean and deviation with an iteration's rewards ``(N,)``; return whether they differ beyond round-off."""
+        r = total.double()
+        if float(r.std(correction=0)) <= 1e-6 * float(r.abs().max()):
+            return False
+        rate = 0.1 if self.seen else 1.0
+        self.mean = (1 - rate) * self.mean + rate * float(r.mean())
+        self.std = math.sqrt((1 - rate) * self.std**2 + rate * float(((r - self.mean) ** 2).mean()))
+        self.seen += 1
+        return True
+
     def _states(self, tree: Any, values: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         levels = range(tree.first, len(tree.levels))
         x = torch.cat([tree.at(k).x.detach() for k in levels])
         t = torch.cat([tree.times[k].expand(len(tree.at(k))) for k in levels]).to(x.device)
         row = torch.cat([tree.at(k).row for k in levels])
         return x, t, row, torch.cat([v for v in values if v is not None]).to(x.device)
+
+    def export(self, folder: Path) -> None:
+        """Write what was learnt to ``value/values.safetensors`` in a run's result; nothing where nothing was."""
+        from flowalign.value_file import TOTAL, LatentValues
+
+        if self.network is not None and self.seen:
+            found = LatentValues({TOTAL: [self.network]}, {TOTAL: (self.mean, self.std)}, weights=self.weights)
+            found.save(folder / "value" / "values.safetensors")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the network, its optimiser and the scale of the targets."""
@@ -156,6 +186,8 @@ class ValueLearner(Learner):
             "optimizer": self.optimizer.state_dict(),
             "shape": list(self.network.shape),
             "scale": [self.mean, self.std],
+            "seen": self.seen,
+            "weights": self.weights,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,3 +199,5 @@ class ValueLearner(Learner):
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.mean, self.std = state["scale"]
+        self.seen = int(state["seen"])
+        self.weights = dict(state["weights"])

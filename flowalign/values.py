@@ -100,7 +100,7 @@ class Completion(Value):
 
 
 class Learned(Value):
-    """A network on noisy latents, ``V_φ(x_t, t, row)``: the process reward of Euphonium, FK, TTSnap and Flow-NRG.
+    """A network on noisy latents, ``V_φ(x_t, t, row)``, as a value of any rollout.
 
     Args:
         network: ``(x, t (B,), row) → (B,)``: a module, or a value that is being learnt.

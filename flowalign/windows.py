@@ -2,8 +2,8 @@
 
 MixGRPO (2507.21802) slides a window of 4 steps from noise to data, one step every 25 iterations, and starts again at
 the end; Flow-GRPO-Fast draws its window anew each iteration from the early half; G²RPO steps through single levels;
-B²-DiffuRL lets the trained tail grow; BranchGRPO leaves a window out. One window for a whole iteration: drawn per
-request it would collapse training.
+B²-DiffuRL lets the trained tail grow; BranchGRPO leaves a window out; Dynamic-TreeRPO grows its tree in one that
+slides. One window for a whole iteration: drawn per request it would collapse training.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class Window(Learner):
     def bounds(self) -> tuple[int, int]:
         """First level, and the one after the last."""
 
+    def level(self, t: float) -> int:
+        """Return the level at a time, which may have passed through float32."""
+        return min(range(len(self.grid)), key=lambda k: abs(self.grid[k] - t))
+
     def __call__(self, t: float, s: float) -> bool:
-        """Return whether the step from t starts inside; times may have passed through float32."""
-        level = min(range(len(self.grid)), key=lambda k: abs(self.grid[k] - t))
+        """Return whether the step from t starts inside."""
         first, last = self.bounds
-        return first <= level < last
+        return first <= self.level(t) < last
 
     def trained(self, level: int, t: float, s: float) -> bool:
         """Return whether a level is inside, for ``Recipe.trained``."""
@@ -76,20 +79,24 @@ class Window(Learner):
 
 
 class Sliding(Window):
-    """Moves by ``stride`` every ``period`` iterations from the noisy end to ``stop``, then starts again."""
+    """Moves by ``stride`` every ``period`` iterations from ``start``, the noisy end, to ``stop``, then starts again."""
 
     def __init__(
-        self, times: Tensor, width: int = 4, stride: int = 1, period: int = 25, stop: int | None = None
+        self, times: Tensor, width: int = 4, stride: int = 1, period: int = 25, stop: int | None = None, start: int = 0
     ) -> None:
         super().__init__(times)
         self.check(width)
-        self.width, self.stride, self.period = width, stride, period
-        self.places = max(1, ((len(self.grid) - 1 if stop is None else stop) - width) // stride + 1)
+        if not 0 <= start <= len(self.grid) - 1 - width:
+            raise ValueError(
+                f"a window of {width} steps from step {start} on does not lie in a sampler of {len(self.grid) - 1}."
+            )
+        self.width, self.stride, self.period, self.start = width, stride, period, start
+        self.places = max(1, ((len(self.grid) - 1 if stop is None else stop) - start - width) // stride + 1)
 
     @property
     def bounds(self) -> tuple[int, int]:
         """The window of this iteration."""
-        first = (self.iteration // self.period) % self.places * self.stride
+        first = self.start + (self.iteration // self.period) % self.places * self.stride
         return first, first + self.width
 
 
@@ -128,7 +135,10 @@ class Cycle(Window):
 
 
 class Growing(Window):
-    """The last steps of the sampler, ever more: from ``low`` to ``high`` over ``stages`` of ``period`` iterations."""
+    """The last steps of the sampler, ever more: from ``low`` to ``high`` over ``stages`` of ``period`` iterations.
+
+    Stage i has ``low + ⌊i (high - low + 1) / stages⌋`` steps, so that each width lasts equally long (B²-DiffuRL).
+    """
 
     def __init__(self, times: Tensor, low: int, high: int, stages: int = 100, period: int = 1) -> None:
         super().__init__(times)
@@ -139,8 +149,8 @@ class Growing(Window):
     @property
     def bounds(self) -> tuple[int, int]:
         """The tail of this iteration."""
-        done = min(1.0, self.iteration / (self.stages * self.period))
-        width = round(self.low + (self.high - self.low) * done)
+        grown = self.iteration // self.period * (self.high - self.low + 1) // self.stages
+        width = self.low + min(grown, self.high - self.low)
         return len(self.grid) - 1 - width, len(self.grid) - 1
 
 
@@ -172,16 +182,22 @@ class LeftOut(Window):
 
 
 class BranchAt(Selection):
-    """Every node has ``width`` children at the first level of a moving window."""
+    """Every node has ``width`` children at certain levels of a moving window.
 
-    def __init__(self, window: Window, width: int) -> None:
+    Args:
+        window: moves.
+        width: children, at least 2.
+        offsets: of the levels from the window's first.
+    """
+
+    def __init__(self, window: Window, width: int, offsets: Sequence[int] = (0,)) -> None:
         if width < 2:
             raise ValueError(f"a branch needs at least 2 children; got {width}.")
-        self.window, self.width = window, width
+        self.window, self.width, self.offsets = window, width, frozenset(offsets)
 
     def __call__(self, level: int, log_w: Tensor, row: Tensor, n_rows: int, noise: NoiseSource) -> Chosen | None:
-        """Repeat each node at the window's first level."""
-        if level != self.window.bounds[0]:
+        """Repeat each node where the window says."""
+        if level - self.window.bounds[0] not in self.offsets:
             return None
         parents = torch.arange(len(row)).repeat_interleave(self.width)
         return Chosen(parents, log_w.repeat_interleave(self.width), log_w.new_zeros(n_rows))

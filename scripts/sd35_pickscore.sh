@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Flow-GRPO on Stable Diffusion 3.5 Medium with PickScore, at the published settings (arXiv 2505.05470; KL weight .01).
+# Flow-GRPO on Stable Diffusion 3.5 Medium with PickScore, at the published settings (arXiv 2505.05470; KL weight .01),
+# but for bf16 in place of fp16: the published code scales its fp16 loss, which flowalign does not do.
 #
 # NOT RUN by the authors of flowalign: it needs a large GPU and weights of the hub (accept the model's licence there, and
 # log in with `hf auth login`). The paper used 32 GPUs and thousands of iterations; one GPU does the same updates, slower.

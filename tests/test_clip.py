@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowalign.credit import Tree
+from flowalign.credit import Tree, likely
 from flowalign.experience import Experience
-from flowalign.kernels import EulerMaruyama
-from flowalign.laws import FlowGrpo
+from flowalign.kernels import Ancestral, EulerMaruyama, Kernel, Windowed
+from flowalign.laws import Constant, Cps, FlowGrpo
 from flowalign.methods.g2rpo import Granular
-from flowalign.methods.tree_grpo import TreeGRPO
 from flowalign.noise import Noise
 from flowalign.objectives import Clip
 from flowalign.policy import Policy, Switch
@@ -55,9 +54,9 @@ class Base:
         self.world.delta = self.kept
 
 
-def steps(n: int = 6):
+def steps(n: int = 6, kernel: Kernel = SDE):
     x = torch.randn(n, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
-    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(x), noise=Noise(0), keep=True)
+    tree = rollout(Policy(WORLD), kernel, TIMES, Nodes.enter(x), noise=Noise(0), keep=True)
     flat = tree.transitions([None] + [torch.linspace(-2, 2, n, dtype=F64)] * 8)
     return flat[(flat.s > 0).nonzero().flatten()]
 
@@ -76,6 +75,22 @@ def test_kl_scales(scale: str) -> None:
     published = ((law.mean - base.mean) ** 2).mean(1) / (2 * g2)
     want = {"exact": exact.mean(), "flow_grpo": published.mean(), "velocity": torch.tensor(0.09, dtype=F64)}[scale]
     assert torch.allclose(found, want) and found > 0
+
+
+@pytest.mark.parametrize(("kernel", "rate"), [
+    (EulerMaruyama(Constant(0.4)), True), (Windowed(SDE, lambda t, s: t > 0.4), True), (Ancestral(Cps(0.8)), False),
+    (Windowed(Ancestral(Cps(0.8)), lambda t, s: t > 0.4), False),
+], ids=["dance", "window", "cps", "cps-window"])  # fmt: skip
+def test_the_published_kl_scale_follows_the_noise(kernel: Kernel, rate: bool) -> None:
+    """Flow-GRPO's code divides by what its step calls the noise: g² of the SDE, the whole variance of CPS."""
+    world, batch = Moved(0.3), steps(kernel=kernel)
+    batch = batch[((batch.s > 0) & (batch.t > 0.4)).nonzero().flatten()]
+    policy = Policy(world, {"reference": Switch(lambda: Base(world))})
+    found = Clip(kernel, 1e-2, kl=1.0)(policy, batch).terms["kl"]
+    law, _ = kernel(batch.x, world.posterior(batch.x, batch.t), batch.t, batch.s)
+    base, _ = kernel(batch.x, WORLD.posterior(batch.x, batch.t), batch.t, batch.s)
+    noise = law.std.reshape(-1) ** 2 / ((batch.t - batch.s) if rate else 1)
+    assert torch.allclose(found, (((law.mean - base.mean) ** 2).mean(1) / (2 * noise)).mean()) and found > 0
 
 
 def test_guard_by_hand() -> None:
@@ -101,6 +116,64 @@ def test_range_follows_the_advantage() -> None:
     want = [-0.5 * (1 + 0.2 * 1.5), -3.0 * (1 + 0.2 * 2), 0.5 * (1 - 0.1 * 1.5), 3.0 * (1 - 0.1 * 2)]
     assert torch.allclose(loss, torch.tensor(want))
     assert torch.allclose(Clip(SDE, None).surrogate(ratio, advantage), -advantage * ratio[:, None])
+
+
+def test_what_is_called_clipped_follows_the_advantage_too() -> None:
+    """The metric counts the ratios outside the range that their own advantage has, for each column of credit."""
+    world, batch = Moved(0.3), steps()
+    dull = torch.zeros_like(batch.weight)
+    for weight in (batch.weight, torch.stack([batch.weight, dull], 1)):
+        loss = Clip(SDE, 0.01, reach=30.0)
+        out = loss(Policy(world), replace(batch, weight=weight)).metrics["clipped"]
+        law, _ = SDE(batch.x, world.posterior(batch.x, batch.t), batch.t, batch.s)
+        gap = (((law.log_prob(batch.x_next) - batch.log_prob) / 2).exp() - 1).abs()[:, None]
+        outside = (gap > 0.01 * (1 + 30 * weight.reshape(len(batch), -1).abs().clamp_max(1))).double()
+        assert float(out) == pytest.approx(float(outside.mean())) and 0 < outside.mean() < 1
+        assert outside.mean() < (gap > 0.01).double().mean() - 0.1, "the widened range lets more through"
+
+
+@pytest.mark.parametrize("reach", [0.0, 1.0])
+def test_beyond_the_range_there_is_no_gradient(reach: float) -> None:
+    """The published loss: -A ρ ∇log ρ where nothing is clipped, 0 elsewhere; log ρ is a mean over dimensions."""
+    world, batch = Moved(0.3), steps()
+    eps, total, stopped, pushed = 0.02, 0.0, 0, 0
+
+    def slope(i: int) -> tuple[float, float]:
+        world.delta = torch.tensor(0.3, dtype=F64, requires_grad=True)
+        t, s, one = batch.t[i : i + 1], batch.s[i : i + 1], batch.x[i : i + 1]
+        law, _ = SDE(one, world.posterior(one, t), t, s)
+        log_ratio = (law.log_prob(batch.x_next[i : i + 1]) - batch.log_prob[i]).sum() / 2
+        return float(log_ratio.detach().exp()), float(torch.autograd.grad(log_ratio, world.delta)[0])
+
+    for i in range(len(batch)):
+        (ratio, g), a = slope(i), float(batch.weight[i])
+        wide = eps * (1 + reach * min(abs(a), 1))
+        held = (a > 0 and ratio > 1 + wide) or (a < 0 and ratio < 1 - wide)
+        stopped, pushed = stopped + held, pushed + (abs(ratio - 1) > wide and not held)
+        total += 0.0 if held else -a * ratio * g / len(batch)
+    assert stopped > 3 and pushed > 3, "some are held, others are let back into the range"
+    world.delta = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    (found,) = torch.autograd.grad(Clip(SDE, eps, reach=reach)(Policy(world), batch).terms["policy"], world.delta)
+    assert float(found) == pytest.approx(total, rel=1e-9)
+    held = batch[torch.tensor([i for i in range(len(batch)) if batch.weight[i] * (slope(i)[0] - 1) > 0.1])]
+    world.delta = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    (none,) = torch.autograd.grad(Clip(SDE, 1e-4, reach=reach)(Policy(world), held).terms["policy"], world.delta)
+    assert len(held) > 3 and float(none) == 0
+
+
+def test_a_ratio_per_dimension_is_the_density_over_their_number() -> None:
+    """At ratio 1 the published per-dimension ratio has 1/D of the policy gradient, on states of any shape."""
+    world = Moved(0.0)
+    for shape in ((2,), (3, 4, 5)):
+        x = torch.randn(6, *shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+        tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(x), noise=Noise(0))
+        batch = tree.transitions([None] + [torch.linspace(-2, 2, 6, dtype=F64)] * 8, lambda k, t, s: s > 0)
+        grads = []
+        for ratio in ("density", "per_dim"):
+            world.delta = torch.zeros((), dtype=F64, requires_grad=True)
+            loss = Clip(SDE, 1e-2, ratio)(Policy(world), batch).terms["policy"]
+            grads.append(float(torch.autograd.grad(loss, world.delta)[0]))
+        assert grads[1] == pytest.approx(grads[0] / torch.Size(shape).numel(), rel=1e-9) and abs(grads[0]) > 1e-3
 
 
 def test_the_teacher_is_needed_less_by_the_good() -> None:
@@ -137,15 +210,6 @@ def test_every_term_has_the_gradient_of_its_value(settings: dict) -> None:
     assert float(g) == pytest.approx((up - down) / 2e-5, rel=1e-5) and abs(float(g)) > 1e-3
 
 
-def test_noise_by_layer() -> None:
-    """Dynamic-TreeRPO: the level rises linearly with depth, η (1 + growth · k/(K - 1))."""
-    kernel = TreeGRPO(eta=0.4, splits=(0, 1), growth=0.5).recipe(TIMES).kernel
-    for k in range(7):
-        t, s = TIMES[k : k + 2].tolist()
-        law, _ = kernel(torch.zeros(1, 1, dtype=F64), WORLD.posterior(torch.zeros(1, 1, dtype=F64), t), t, s)
-        assert torch.allclose(law.std, torch.tensor(0.4 * (1 + 0.5 * k / 7) * (t - s) ** 0.5, dtype=F64))
-
-
 def experience(tree, rewards: dict[str, torch.Tensor], weights: dict[str, float], rows: int) -> Experience:
     return Experience(Policy(WORLD), tree, None, torch.arange(rows), rewards, weights, lambda x, i: {})
 
@@ -164,7 +228,7 @@ def test_backup_by_likelihood() -> None:
         weight = torch.softmax(torch.stack([below.log_prob[i] / 2 for i in mine]), 0)
         return sum(float(w) * value(level + 1, i) for w, i in zip(weight, mine, strict=True))
 
-    found = Tree._likely(experience(tree, {"r": total}, {"r": 1.0}, 1))
+    found = likely(tree, total)
     for level in range(9):
         assert torch.allclose(
             found[level], torch.tensor([value(level, i) for i in range(len(tree.at(level)))], dtype=F64)
@@ -197,23 +261,24 @@ def test_granularities_compare_the_siblings_of_a_branch() -> None:
     assert z[7] > 5 and torch.allclose(credit, z.clamp(-5, 5), atol=1e-6)
 
 
-@pytest.mark.parametrize(("level", "stride", "left"), [(1, 2, (2, 4, 6, 8)), (2, 2, (3, 5, 7, 8)), (2, 3, (3, 6, 8)),
-                                                       (6, 3, (7, 8)), (7, 2, (8,))])  # fmt: skip
+@pytest.mark.parametrize(("level", "stride", "left"), [(1, 2, (2, 3, 5, 7, 8)), (2, 2, (3, 4, 6, 8)),
+                                                       (2, 3, (3, 4, 7, 8)), (6, 3, (7, 8)), (7, 2, (8,))])  # fmt: skip
 def test_a_coarse_completion_always_reaches_data(level: int, stride: int, left: tuple[int, ...]) -> None:
-    """Every ``stride``-th time after the step, and data time whether or not the stride lands on it."""
+    """The next time after the step, every ``stride``-th from it on, and data time whether or not that lands on it."""
     tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(1, 1, dtype=F64)), noise=Noise(0),
                    select=Branch({level: 5}))  # fmt: skip
     x = tree.at(level + 1).x
     if len(left) > 1:
         x = rollout(Policy(WORLD), EulerMaruyama(), TIMES[list(left)], Nodes.enter(x), noise=Noise(0)).leaves.x
-    e = replace(experience(tree, {"r": tree.leaves.x[:, 0]}, {"r": 0.5}, 1), scores=lambda x, i: {"r": x[:, 0]})
-    v = x[:, 0]
+    e = experience(tree, {"r": tree.leaves.x[:, 0]}, {"r": 0.5}, 1)
+    e = replace(e, scores=lambda x, i: {"r": (5 * x[:, 0]).sin()})
+    v = (5 * x[:, 0]).sin()  # not linear, or every grid of this linear world would give the same advantages
     want = 0.5 * (v - v.mean()) / (v.std() + 1e-8)
     assert torch.allclose(Granular(Cycle(TIMES, (level,)), strides=(stride,))(e)[level + 1], want, atol=1e-6)
 
 
-def test_one_value_network_serves_all() -> None:
-    """What the rollouts taught steers FK particles too: weighted by it, they end higher than without."""
+def test_a_learnt_value_steers_particles() -> None:
+    """What the rollouts taught weighs particles too: resampled by it, they end higher than without."""
     learner = ValueLearner(width=16, lr=1e-2, passes=4)
     learner.enter(["a"])
     tree = rollout(Policy(Image()), SDE, TIMES, start(256), noise=Noise(1))

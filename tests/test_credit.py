@@ -10,7 +10,7 @@ import pytest
 import torch
 from worlds import F64, Net, Normal
 
-from flowalign.credit import Gains, Group, Normalise, Tree, group_mean
+from flowalign.credit import Edges, Gains, Group, Normalise, Tree, group_mean
 from flowalign.experience import Experience
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import Constant
@@ -142,22 +142,41 @@ def test_per_reward_normalises_before_it_sums():
 # trees
 
 
-@pytest.mark.parametrize("how", ["mean", "max", 2.0])
-def test_tree_credit_normalises_each_depth(how):
+def test_tree_credit_normalises_each_depth():
     e = experience(rows=4, select=Branch({0: 2, 1: 3}))
-    levels = Tree(how=how)(e)
+    levels = Tree()(e)
     leaves = e.total.reshape(4, 2, 3)
-    if how == "mean":
-        at = [leaves.mean((1, 2)), leaves.mean(2).flatten(), leaves.flatten()]
-    elif how == "max":
-        at = [leaves.amax((1, 2)), leaves.amax(2).flatten(), leaves.flatten()]
-    else:
-        soft = (2 * leaves).exp().mean(2).log() / 2
-        at = [(2 * soft).exp().mean(1).log() / 2, soft.flatten(), leaves.flatten()]
+    at = [leaves.mean((1, 2)), leaves.mean(2).flatten(), leaves.flatten()]
     for k, value in zip((0, 1, 2, 3, 4), (at[0], at[1], at[2], at[2], at[2]), strict=True):
         group = e.group[e.trajectory.at(k).row]
         assert torch.allclose(levels[k], Normalise(unbiased=True, eps=1e-8)(value, group), atol=1e-9), k
     assert Tree() == Tree(Normalise(unbiased=True, eps=1e-8, least=1e-6), "mean")
+
+
+def test_edges_back_up_advantages_and_not_rewards():
+    """TreeGRPO: the advantage of a leaf in its group, averaged upwards by likelihood; no depth is normalised again."""
+    e = experience(rows=4, select=Branch({0: 2, 2: 3}))
+    tree, dims = e.trajectory, 3
+    by_group = e.total.reshape(2, 12)
+    leaf = ((by_group - by_group.mean(1, keepdim=True)) / (by_group.std(1, keepdim=True) + 1e-8)).flatten()
+
+    def edge(level: int, node: int) -> float:
+        if level == 4:
+            return float(leaf[node])
+        below = tree.at(level + 1)
+        mine = (below.parent == node).nonzero().flatten().tolist()
+        share = torch.softmax(torch.stack([below.log_prob[i] / dims for i in mine]), 0)
+        return sum(float(w) * edge(level + 1, i) for w, i in zip(share, mine, strict=True))
+
+    levels = Edges()(e)
+    for k in range(5):
+        assert torch.allclose(levels[k], torch.tensor([edge(k, i) for i in range(len(tree.at(k)))], dtype=F64)), k
+    spread = [float(levels[k].reshape(2, -1).std(1).mean()) for k in (1, 4)]
+    assert spread[0] < 0.8 * spread[1], "the early edges, whose leaves disagree, count for less"
+    other = Tree(how="probability")(e)
+    assert not torch.allclose(other[1], levels[1], atol=0.05) and torch.allclose(other[4], levels[4])
+    flat = Edges()(replace(e, rewards={"a": torch.full((24,), 0.1), "b": torch.zeros(24)}))
+    assert all(torch.equal(v, torch.zeros_like(v)) for v in flat), "a group without variance teaches nothing"
 
 
 def test_nodes_that_differ_by_round_off_alone_have_no_advantage():
@@ -241,7 +260,7 @@ def test_gains_of_a_tree_follow_parents():
 
 
 def test_credits_keep_no_state():
-    for credit in (Group(), Tree(), Gains()):
+    for credit in (Group(), Tree(), Edges(), Gains()):
         assert credit.state_dict() == {}
         credit.load_state_dict({})
         with pytest.raises(ValueError, match="keeps no state"):

@@ -27,6 +27,7 @@ from flowalign.methods.grpo_guard import GRPOGuard
 from flowalign.methods.rlcm import RLCM
 from flowalign.methods.talk2move import Exit, Talk2Move
 from flowalign.methods.tp_grpo import TPGRPO
+from flowalign.minibatch import minibatches
 from flowalign.noise import Noise
 from flowalign.objectives import Clip
 from flowalign.options import FitOptions
@@ -41,6 +42,8 @@ from tests.credit_parts import STEPS, parts
 from tests.toy import Bright, Toy
 
 PROMPTS = ["a", "b dark"]
+F64 = torch.float64
+TIMES = torch.linspace(1, 0, STEPS + 1, dtype=F64)
 
 
 def gather(method: Training, size: int = 4) -> tuple[Toy, Recipe, Experience]:
@@ -146,46 +149,88 @@ def test_squared_error_is_called_the_ratio() -> None:
     assert isinstance(recipe.objective, Clip) and recipe.objective.ratio == "mse"
 
 
+def standings(e: Experience, before: list[dict[str, Tensor]]) -> Tensor:
+    """B²-DiffuRL's z, prompt by prompt: against this iteration's rewards of the prompt and the 8 iterations' before."""
+    z = torch.empty(len(e.total), dtype=F64)
+    for prompt, mine in by_prompt(e).items():
+        known = torch.cat([*(it[prompt] for it in before[-8:]), mine]).double()
+        here = torch.tensor([e.cond.prompts[r] == prompt for r in e.trajectory.leaves.row.tolist()])
+        z[here] = (mine.double() - known.mean()) / (known.std() + 1e-8)
+    return z
+
+
+def by_prompt(e: Experience) -> dict[str, Tensor]:
+    """The rewards of each prompt; prompts come in another order in each iteration."""
+    return {p: e.total[e.trajectory.leaves.row == i] for i, p in enumerate(e.cond.prompts)}
+
+
+def chosen(z: Tensor, branch: Tensor, margin: float) -> Tensor:
+    """The advantage: z of each branch's best from ``margin`` on, of its worst below ``-margin``, 0 of all others."""
+    out = torch.zeros_like(z)
+    for b in branch.unique():
+        mine = (branch == b).nonzero().flatten().tolist()
+        best, worst = max(mine, key=lambda i: float(z[i])), min(mine, key=lambda i: float(z[i]))
+        out[best] = z[best] if z[best] >= margin else out[best]
+        out[worst] = z[worst] if z[worst] < -margin else out[worst]
+    return out
+
+
 def test_siblings_part_at_the_tail_and_the_tail_alone_is_trained() -> None:
-    """B²-DiffuRL: siblings are one until the tail begins; the best and worst of those that stand out are credited."""
+    """B²-DiffuRL: siblings are one until the tail begins; best and worst have their prompt's z, the others nothing."""
     _, recipe, collector = parts(B2DiffuRL(low=0.5, high=1.0, stages=2, width=4, margin=0.4))
-    seen: list[float] = []
-    for iteration, first in enumerate((3, 2, 0, 0)):
+    before: list[dict[str, Tensor]] = []
+    for iteration, first in enumerate((3, 1, 0, 0)):
         e = collect(collector, Prompts(PROMPTS).draw(iteration, 2, 8), iteration)
         assert trained_steps(recipe, e.trajectory.times) == list(range(first, STEPS - 1)), "ever more of the tail"
-        line, credit = e.trajectory.lineage(), recipe.credit(e)[-1]
+        line, credit, (one, two) = e.trajectory.lineage(), recipe.credit(e)[-1], by_prompt(e).values()
         assert len(line[first].unique()) == 4 and len(line[first + 1].unique()) == 16
-        seen += e.total.tolist()
-        known = torch.tensor(seen)
-        z = (e.total - known.mean()) / known.std(correction=0)
-        expected = torch.zeros(16)
-        for b in line[first].unique():
-            mine = (line[first] == b).nonzero().flatten().tolist()
-            best, worst = max(mine, key=lambda i: float(z[i])), min(mine, key=lambda i: float(z[i]))
-            for i, stands_out in ((best, z[best] >= 0.4), (worst, z[worst] <= -0.4)):
-                if stands_out:
-                    expected[i] = z[i] - z[mine].mean()
-        assert torch.allclose(credit, expected, atol=1e-3) and 0 < (credit != 0).sum() < 16
+        assert abs(one.mean() - two.mean()) > 2 * one.std(), "rewards of the two prompts do not mix"
+        expected = chosen(standings(e, before), line[first], 0.4)
+        assert torch.allclose(credit.double(), expected, atol=1e-4) and 0 < (credit != 0).sum() < 16
+        before.append(by_prompt(e))
         recipe.learners[0].observe(e)
 
 
+def test_siblings_that_were_not_chosen_cost_no_training() -> None:
+    """The steps that B²-DiffuRL trains are those of the chosen samples, each with its own credit; none may be left."""
+    _, recipe, e = gather(B2DiffuRL(low=0.5, width=4, margin=0.4), 8)
+    options = FitOptions(batch=1000)
+    (batch,) = minibatches(recipe, None, e, None, options, 0, 0)  # type: ignore[arg-type]
+    credit = e.cache["credit"][-1]
+    keep = set(credit.nonzero().flatten().tolist())
+    assert 0 < len(keep) < 16 and set(batch.data.child.tolist()) == keep
+    assert len(batch.data) == len(keep) * 2 and set(batch.data.level.tolist()) == {3, 4}
+    assert torch.equal(batch.data.weight, credit[batch.data.child])
+    none = B2DiffuRL(low=0.5, width=4, margin=50.0).recipe(TIMES)
+    assert not minibatches(none, None, replace(e, cache={}), None, options, 0, 0)  # type: ignore[arg-type]
+
+
 def test_only_recent_iterations_are_remembered() -> None:
-    """What stands out is told by the last ``memory`` iterations, not by the first ones."""
+    """What stands out is told by this iteration and the last ``memory`` ones in which a prompt may have been drawn."""
     _, recipe, e = gather(B2DiffuRL(low=1.0, width=4), 8)
-    for memory, known in (
-        (1, e.total),
-        (2, torch.cat([e.total + 5, e.total])),
-        (9, torch.cat([e.total + 5] * 8 + [e.total])),
-    ):
+    line = e.trajectory.lineage()[0]
+    other = replace(e, cond=replace(e.cond, prompts=("c", "d dark")))  # drawn in between: it is no prompt of these
+    for memory, known in ((0, 0), (1, 0), (2, 1), (3, 2), (9, 8)):
         rule = Siblings(recipe.learners[0], margin=0.0, memory=memory)  # type: ignore[arg-type]
         for _ in range(8):
             rule(replace(e, rewards={"bright": e.total + 5}))
-        got = rule(e)[-1]
-        z = (e.total - known.mean()) / known.std(correction=0)
-        line = e.trajectory.lineage()[0]
-        worst = [min((line == b).nonzero().flatten().tolist(), key=lambda i: float(z[i])) for b in line.unique()]
-        for b, i in zip(line.unique(), worst, strict=True):
-            assert float(got[i]) == pytest.approx(float(z[i] - z[line == b].mean()) if z[i] <= 0 else 0.0, abs=1e-3)
+        rule(other)
+        fresh = Siblings(recipe.learners[0], margin=0.0, memory=memory)  # type: ignore[arg-type]
+        fresh.load_state_dict(rule.state_dict())
+        before = [{p: r + 5 for p, r in by_prompt(e).items()}] * known
+        expected = chosen(standings(e, before), line, 0.0).clamp(-5, 5)
+        for got in (rule(e)[-1], fresh(e)[-1]):
+            assert torch.allclose(got.double(), expected, atol=1e-4), memory
+        assert rule.recent == fresh.recent and len(rule.recent) == min(memory, 10)
+
+
+def test_a_standing_is_cut_at_five() -> None:
+    """One of 40 alike that stands six deviations out counts as five."""
+    _, recipe, e = gather(B2DiffuRL(low=1.0, width=40), 40)
+    total = torch.zeros(80)
+    total[3] = 1.0
+    credit = Siblings(recipe.learners[0])(replace(e, rewards={"bright": total}))[-1]  # type: ignore[arg-type]
+    assert credit.nonzero().flatten().tolist() == [3] and float(credit[3]) == 5.0
 
 
 def test_the_exit_is_measured_within_groups() -> None:

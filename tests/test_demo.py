@@ -12,7 +12,7 @@ import pytest
 
 from flowalign import demo
 from flowalign.demo import Child, DemoOptions, run, wait
-from flowalign.demo_verdict import verdict
+from flowalign.demo_verdict import free, verdict
 from flowalign.folder import Folder
 
 
@@ -37,7 +37,9 @@ def summary(gain: float, se: float = 0.01, kept: float = 0.9, other: float = 0.0
         (summary(0.12), summary(0.03), False, [True, False, True, True]),
         (summary(0.12, kept=0.7), summary(0.05), False, [True, True, False, True]),
         (summary(0.12, other=-0.04), summary(0.05), False, [True, True, True, False]),
-        (summary(0.12), summary(0.05), True, [False, True, True, True]),
+        (summary(0.12), summary(0.05), True, [False, True, True]),
+        (summary(0.26), summary(0.01), True, [True, True, True]),
+        (summary(0.26), summary(0.01, kept=0.7), True, [True, False, True]),
     ],
 )
 def test_verdict(one: dict, two: dict, full: bool, wanted: list[bool]) -> None:
@@ -117,6 +119,16 @@ def test_the_long_demo_takes_smaller_steps(
     assert list(asked) == ["flow-grpo", "diffusion-nft", "control"] and all(a[0] == "--x" for a in asked.values())
     assert [n for n, a in asked.items() if a[1:3] == ("--preset", "demo-long")] == wanted
     assert [n for n, a in asked.items() if "--permute" in a] == ["control"]
+
+
+def test_the_note_on_the_run_that_is_let_go_is_its_figures(tmp_path: Path) -> None:
+    """Nothing is claimed of it that it did not do."""
+    folder = Folder(tmp_path)
+    folder.append("checks.jsonl", {"iteration": 8, "trained": {"gain": [-0.021, 0.004]}})
+    folder.write("summary.json", json.dumps(summary(-0.4, se=0.05, kept=0.71, other=-0.06) | {"drift": 0.234}))
+    text = free(folder)
+    assert "own reward changed by -0.021 ± 0.004" in text and "count by -40.0 ± 5.0 points" in text
+    assert "single by -6.0" in text and "layouts of count 71% are left" in text and text.endswith("drift 0.23.")
 
 
 @pytest.mark.slow

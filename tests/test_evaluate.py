@@ -94,10 +94,12 @@ def test_layouts_show_a_collapse() -> None:
     assert compare(even, one)["x"].kept == pytest.approx(0.25)
     wrong = outcome([0.0] * 50 + [1.0] * 50, [5] * 50 + layout[:50])
     assert effective_layouts(wrong, wrong, "x")[0] == pytest.approx((3.9968, 3.9968), abs=1e-3)
-    # 100 draws of 100 layouts against the first 10 of them: equal once they are equally many
-    many, few = outcome([1.0] * 100, list(range(100))), outcome([1.0] * 10 + [0.0] * 90, list(range(100)))
-    assert effective_layouts(many, few, "x")[0] == pytest.approx((10.0, 10.0))
-    assert effective_layouts(few, many, "x")[0] == pytest.approx((10.0, 10.0))
+    # 100 draws of 100 layouts against the first 30 of them: equal once they are equally many
+    many, few = outcome([1.0] * 100, list(range(100))), outcome([1.0] * 30 + [0.0] * 70, list(range(100)))
+    assert effective_layouts(many, few, "x")[0] == pytest.approx((30.0, 30.0))
+    assert effective_layouts(few, many, "x")[0] == pytest.approx((30.0, 30.0))
+    broken = outcome([1.0] * 19 + [0.0] * 81, list(range(100)))
+    assert effective_layouts(many, broken, "x") == (None, None) and compare(many, broken)["x"].kept is None
 
 
 def test_layouts_per_prompt_see_what_the_pool_does_not() -> None:

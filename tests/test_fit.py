@@ -19,6 +19,7 @@ from flowalign.fit import fit
 from flowalign.kernels import EulerMaruyama
 from flowalign.laws import FlowGrpo, Memoryless
 from flowalign.ledger import Budget, BudgetSpent
+from flowalign.methods.b2_diffurl import B2DiffuRL
 from flowalign.objectives import AdjointMatching, Backprop, Clip, DiffusionNFT, FlowDPO, TrajectoryBalance
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora, prepare
@@ -94,6 +95,46 @@ def test_resume_is_bitwise(name: str, tmp_path: Path) -> None:
     a, b = (checkpoint.load(checkpoint.latest(tmp_path / n)) for n in ("whole", "cut"))
     for name_, role in a["roles"].items():
         assert all(torch.equal(x, y) for x, y in zip(role["copies"], b["roles"][name_]["copies"], strict=True))
+
+
+def test_the_average_follows_every_so_many_optimiser_steps(tmp_path: Path) -> None:
+    """``ema_every`` = 7, 4 steps an iteration: the copy moves at steps 7 and 14 alone; a resumed run goes on so."""
+    o = replace(OPTIONS, iterations=5, batch=50, ema_every=7, checkpoint_every=1)
+    _, whole = run(recipes()["clip"], o, folder=tmp_path / "whole", prompts=["a"])
+    weights, copies, steps = [], [], []
+    for _ in whole:
+        state = checkpoint.load(checkpoint.latest(tmp_path / "whole"))
+        weights.append(state["weights"][0])
+        copies.append(state["roles"]["ema"]["copies"][0])
+        steps.append((state["steps"], state["roles"]["ema"]["updates"]))
+    per = steps[0][0]
+    assert per == 4 and steps == [(4 * i, 4 * i // 7) for i in range(1, 6)]
+    for i in range(1, 5):
+        moved = not torch.equal(copies[i], copies[i - 1])
+        assert moved == (steps[i][1] > steps[i - 1][1]) and not torch.equal(weights[i], weights[i - 1])
+    for n, again in ((2, False), (5, True)):
+        _, part = run(recipes()["clip"], replace(o, iterations=n), folder=tmp_path / "cut", resume=again, prompts=["a"])
+        list(part)
+    cut = checkpoint.load(checkpoint.latest(tmp_path / "cut"))
+    assert cut["steps"] == steps[-1][0] and torch.equal(cut["roles"]["ema"]["copies"][0], copies[-1])
+    with pytest.raises(ValueError, match="ema_every must be at least 1"):
+        FitOptions(ema_every=0)
+
+
+def test_a_method_whose_rewards_choose_its_samples_wants_one_process() -> None:
+    """B²-DiffuRL trains as many samples as stand out: processes of other rewards would take other numbers of steps."""
+
+    class Two:
+        num_processes = 2
+
+    toy, recipe = Toy(), B2DiffuRL(width=4).recipe(Toy().times(6))
+    policy, parameters = prepare(toy, None, recipe.roles)
+    stream = fit(
+        toy, Scorer(toy, {"b": Bright()}), Prompts(["a"]), recipe, OPTIONS, policy=policy, parameters=parameters,
+        accelerator=Two(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Use one process"):
+        next(stream)
 
 
 def test_a_resumed_run_goes_on_with_the_global_random_numbers(tmp_path: Path) -> None:

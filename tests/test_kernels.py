@@ -336,6 +336,7 @@ def test_windowed():
 
 def test_stochastic_flags_and_precision():
     assert EulerMaruyama(FlowGrpo()).stochastic(1.0, 0.9) and not EulerMaruyama().stochastic(1.0, 0.9)
+    assert not EulerMaruyama(FlowGrpo(0.0)).stochastic(1.0, 0.9)
     assert Ancestral(Ddim(1.0)).stochastic(0.5, 0.4) and not Ancestral(Ddim(0.0)).stochastic(0.5, 0.4)
     assert not Ancestral(Cps()).stochastic(0.1, 0.0)
     x = torch.zeros(2, 3, dtype=torch.bfloat16)

@@ -111,9 +111,13 @@ def test_what_each_law_promises():
     for law in (FlowGrpo(), Constant(), Memoryless(), Ddim(0.5), table, Cps(), Consistency()):
         assert law.stochastic(0.5, 0.4)
         assert Spatial(law, one).stochastic(0.5, 0.4) and Clipped(law).stochastic(0.5, 0.4)
-    for law in (Ode(), Ddim(0.0), Cps(0.0)):
+    silent = Table(torch.tensor([1.0, 0.5]), torch.zeros(2))
+    for law in (Ode(), FlowGrpo(0.0), FlowGrpo(-0.7), Constant(0.0), Ddim(0.0), Cps(0.0), Cps(2.0), silent):
         assert not law.stochastic(0.5, 0.4)
         assert not Spatial(law, one).stochastic(0.5, 0.4) and not Clipped(law).stochastic(0.5, 0.4)
+    assert not Clipped(FlowGrpo(), 0.0).stochastic(0.5, 0.4)
+    half = Table(torch.tensor([1.0, 0.5, 0.2]), torch.tensor([1.0, 0.0, 0.0]))  # a table may fall silent on its way
+    assert half.stochastic(0.75, 0.5) and not half.stochastic(0.5, 0.2)
     assert not Cps().stochastic(0.1, 0.0) and not Consistency().stochastic(0.1, 0.0)
     assert Ddim().stochastic(0.1, 0.0) and FlowGrpo().stochastic(0.1, 0.0)
 

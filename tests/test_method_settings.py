@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.credit import Gains, Group, Normalise, Tree
+from flowalign.experience import Experience
 from flowalign.kernels import Ancestral, EulerMaruyama
 from flowalign.laws import Consistency, Constant, Cps, Ddim, FlowGrpo
 from flowalign.methods.b2_diffurl import B2DiffuRL
@@ -28,6 +29,12 @@ from flowalign.methods.rlcm import RLCM
 from flowalign.methods.talk2move import Talk2Move
 from flowalign.methods.tp_grpo import TPGRPO
 from flowalign.methods.tree_grpo import TreeGRPO
+from flowalign.minibatch import minibatches
+from flowalign.noise import Stream
+from flowalign.policy import Policy
+from flowalign.rollout import rollout
+from flowalign.trajectory import Nodes
+from tests.toy import Toy
 
 TIMES = torch.linspace(1, 0, 9, dtype=torch.float64)
 
@@ -60,11 +67,11 @@ TREE = TreeGRPO(splits=(0, 1), prune_width="extremes", prune_depth=(3, 5), super
 OTHERS: list[tuple[Training, dict[str, Any]]] = [
     (DDPO(), {"eta": 0.5, "clip": 1e-3, "buffer": 20, "least": 8}),
     (FlowGRPO(), {"noise": 0.6, "noise_law": "cps", "window": (0, 2), "clip": 1e-3, "ratio": "mse", "kl": 0.3,
-                  "kl_scale": "exact", "std": "group"}),
+                  "kl_scale": "exact", "std": "group", "shared_noise": True}),
     (DanceGRPO(), {"eta": 0.4, "clip": 1e-3, "fraction": 0.5, "keep": 1, "shared_noise": False, "per_reward": True}),
-    (MixGRPO(), {"noise": 0.6, "noise_law": "cps", "width": 2, "strategy": "random", "period": 3, "flash": 0.5,
-                 "clip": 1e-3, "shared_noise": False, "per_reward": False}),
-    (MixGRPO(strategy="random"), {"seed": 3, "width": 2}),
+    (MixGRPO(), {"noise": 0.6, "noise_law": "cps", "width": 2, "strategy": "random", "period": 3, "stop": 6,
+                 "flash": 0.5, "clip": 1e-3, "shared_noise": False, "per_reward": False, "std": "batch"}),
+    (MixGRPO(strategy="random"), {"seed": 3, "width": 2, "stop": 6}),
     (MixGRPO(noise_law="cps"), {"noise": 0.6}),
     (GRPOGuard(), {"noise": 0.6, "clip": 1e-3, "kl": 0.2}),
     (DenseGRPO(), {"noise": 0.6, "completion": 1, "rounds": 3, "tolerance": 1.0, "step": 0.02, "clip": 1e-3,
@@ -73,9 +80,12 @@ OTHERS: list[tuple[Training, dict[str, Any]]] = [
     (G2RPO(), {"noise": 0.6, "levels": (1, 2), "width": 6, "strides": (1, 3), "clip": 1e-3}),
     (TREE, {"eta": 0.4, "splits": (0, 2), "width": 3, "window": (0, 3), "growth": 0.5, "backup": "probability",
             "clip": 1e-2, "reach": 1.0, "supervised": 0.2, "prune_width": "best", "keep": 1, "prune_depth": (2, 4),
-            "prune_period": 7}),
-    (Euphonium(), {"eta": 0.4, "noise_law": "flow", "scale": 0.02, "start": 0.3, "process": 0.5, "clip": 1e-3,
-                   "fraction": 0.5, "shared_noise": False, "width": 8}),
+            "prune_period": 7, "split_noise": 2.0}),
+    (TreeGRPO(splits=(0, 1), window=(0, 3)), {"slide": 5}),
+    (Euphonium(), {"eta": 0.4, "noise_law": "flow", "std": "batch", "scale": 0.02, "beta": 3.0, "dt": True,
+                   "norm": True, "gradient": "spsa", "start": 0.3, "process": 0.5, "clip": 1e-3, "fraction": 0.5,
+                   "shared_noise": False, "width": 8}),
+    (Euphonium(gradient="spsa"), {"probes": 2, "probe": 0.02}),
     (B2DiffuRL(), {"eta": 0.5, "low": 0.5, "high": 0.9, "stages": 7, "width": 3, "margin": 0.1, "clip": 0.2}),
     (RLCM(), {"clip": 1e-3, "least": 0.3, "loss": "rebel"}),
     (RLCM(loss="rebel"), {"eta": 0.5}),
@@ -103,25 +113,30 @@ def test_no_setting_is_left_out_above() -> None:
 
 BATCH, GROUP = Group(Normalise(scale="batch")), Group(Normalise())
 UNBIASED = Normalise(unbiased=True, eps=1e-8)
+FILTERED = {"filter_groups": True, "ema_every": 8}  # Flow-GRPO's code
 PUBLISHED: list[tuple[type[Training], str, Any, Any, float | tuple[float, float], dict[str, Any]]] = [
     # kernel where it draws noise, credit, clip range, and what else the papers or their code say
-    (FlowGRPO, "published", EulerMaruyama(FlowGrpo(0.7)), BATCH, 1e-4, {"steps": 10, "lr": 3e-4, "size": 24}),
-    (FlowGRPO, "published-cps", Ancestral(Cps(0.8)), BATCH, 1e-5, {"size": 24}),
+    (FlowGRPO, "published", EulerMaruyama(FlowGrpo(0.7)), BATCH, 1e-4,
+     {"steps": 10, "lr": 3e-4, "size": 24, "groups": 48, **FILTERED}),
+    (FlowGRPO, "published-cps", Ancestral(Cps(0.8)), BATCH, 1e-5, {"size": 24, **FILTERED}),
     (DanceGRPO, "published", EulerMaruyama(Constant(0.3)), Group(UNBIASED), 1e-4,
      {"steps": 16, "lr": 1e-5, "size": 12, "iterations": 300, "max_grad_norm": 0.01}),
     (DanceGRPO, "published-video", EulerMaruyama(Constant(0.25)), Group(UNBIASED), 1e-4, {"steps": 16, "size": 24}),
     (MixGRPO, "published", EulerMaruyama(FlowGrpo(0.7)), Group(UNBIASED, per_reward=True), 1e-4,
      {"steps": 25, "lr": 1e-5, "size": 12, "iterations": 300}),
-    (MixGRPO, "published-fast", Ancestral(Cps(0.8)), Group(UNBIASED, per_reward=True), 1e-5, {"steps": 10}),
-    (GRPOGuard, "published", EulerMaruyama(FlowGrpo(0.7)), GROUP, 2e-6, {"lr": 1e-4}),
+    (MixGRPO, "published-fast", Ancestral(Cps(0.8)), BATCH, 1e-5,
+     {"steps": 10, "size": 24, "groups": 48, "lr": 3e-4, **FILTERED}),
+    (GRPOGuard, "published", EulerMaruyama(FlowGrpo(0.7)), GROUP, 2e-6, {"lr": 1e-4, **FILTERED}),
     (TPGRPO, "published", Ancestral(Cps(0.8)), None, 1e-5, {"steps": 10, "size": 24}),
-    (DenseGRPO, "published", None, Gains(Normalise()), 1e-4, {"steps": 10, "size": 24, "batch": 9, "accumulate": 8}),
+    (DenseGRPO, "published", None, Gains(Normalise()), 1e-4,
+     {"steps": 10, "size": 24, "groups": 48, "batch": 9, "accumulate": 0}),
     (G2RPO, "published", EulerMaruyama(FlowGrpo(0.7)), None, 1e-4, {"steps": 16, "lr": 2e-6, "size": 12}),
     (TreeGRPO, "published", EulerMaruyama(Constant(0.3)), Tree(), 1e-3, {"steps": 20, "lr": 1e-5, "size": 16}),
     (Euphonium, "published", EulerMaruyama(Constant(0.25)), None, 1e-4, {"steps": 16, "size": 8}),
     (Talk2Move, "published", EulerMaruyama(FlowGrpo(1.0)), GROUP, 2e-4, {"steps": 10}),
     (DDPO, "published", Ancestral(Ddim(1.0)), None, 1e-4, {"steps": 50, "lr": 3e-4, "groups": 256, "size": 1}),
-    (B2DiffuRL, "published", Ancestral(Ddim(1.0)), None, 0.1, {"steps": 20, "lr": 1e-4, "accumulate": 64}),
+    (B2DiffuRL, "published", Ancestral(Ddim(1.0)), None, 0.1,
+     {"steps": 20, "lr": 1e-4, "groups": 256, "size": 5, "updates": 2, "batch": 2}),
     (RLCM, "published", Ancestral(Consistency()), Group(Normalise(eps=1e-6, clamp=10.0)), 1e-4,
      {"steps": 8, "lr": 1e-4, "max_grad_norm": 5.0}),
 ]  # fmt: skip
@@ -155,10 +170,51 @@ def test_what_else_is_published() -> None:
     assert (DDPO().buffer, DDPO().least) == (16, 16)
     tail = B2DiffuRL.presets()["published"].method.recipe(torch.linspace(1, 0, 21, dtype=torch.float64))
     assert (tail.learners[0].low, tail.learners[0].high, tail.learners[0].stages) == (14, 20, 100)
-    assert (tail.credit.margin, tail.credit.memory, tail.select.width) == (0.5, 8, 5)
+    assert (tail.credit.margin, tail.credit.memory, tail.credit.clamp, tail.select.width) == (0.5, 8, 5.0, 5)
+    widths = []
+    for _ in range(100):
+        widths.append(20 - tail.learners[0].bounds[0])
+        tail.learners[0].observe(None)
+    assert widths == [14 + i * 7 // 100 for i in range(100)], "run_process.sh"
     assert (Euphonium().start, Euphonium().scale, Euphonium().fraction, DanceGRPO().fraction) == (0.75, 0.01, 0.6, 0.6)
     assert (
-        DanceGRPO.presets()["published-video"].method.keep == 8 and TPGRPO.presets()["published"].method.window[1] == 8
-    )
+        DanceGRPO.presets()["published-video"].method.keep == 4 and TPGRPO.presets()["published"].method.window[1] == 8
+    ), "bestofn = 8: half of them at either end"
     assert (G2RPO().levels, G2RPO().width, G2RPO().strides) == (tuple(range(8)), 12, (1, 2))
     assert TreeGRPO().splits == (0, 3, 6, 9) and (DenseGRPO().tolerance, DenseGRPO().step) == (2.0, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "steps"),
+    [
+        (FlowGRPO, "published", 2),  # accumulates half of the epoch's batches, over all their time steps
+        (FlowGRPO, "published-cps", 2),
+        (GRPOGuard, "published", 2),
+        (MixGRPO, "published-fast", 2),
+        (DanceGRPO, "published", 1),  # 12 samples of the 12 that a process has of a prompt
+        (DanceGRPO, "published-video", 2),  # 4 of 8
+        (MixGRPO, "published", 4),  # 3 of 12
+        (MixGRPO, "published-flash", 4),
+        (DenseGRPO, "published", 1),
+        (G2RPO, "published", 1),
+        (DDPO, "published", 2),
+    ],
+)
+def test_optimiser_steps_of_a_rollout(kind: type[Training], name: str, steps: int) -> None:
+    """``accumulate`` counts batches of transitions, the published codes whole samples: the steps taken agree."""
+    preset = kind.presets()[name]
+    o, toy = preset.fit, Toy()
+    assert isinstance(preset.method, Training)
+    recipe = preset.method.recipe(toy.times(o.steps))
+    n = o.groups * o.size
+    row = torch.arange(o.groups).repeat_interleave(recipe.roots(o.size))
+    tree = rollout(
+        Policy(toy), recipe.kernel, recipe.grid(toy.times(o.steps)), Nodes.enter(torch.randn(len(row), 3, 2, 2), row),
+        toy.encode([str(g) for g in range(o.groups)]), noise=Stream(torch.Generator().manual_seed(0)),
+        select=recipe.select,
+    )  # fmt: skip
+    e = Experience(Policy(toy), tree, toy.encode([str(g) for g in range(o.groups)]), torch.arange(o.groups),
+                   {"r": torch.randn(n)}, {"r": 1.0}, lambda x, i: {"r": x.mean((1, 2, 3))})  # fmt: skip
+    batches = minibatches(recipe, None, e, None, o, 0, 0)  # type: ignore[arg-type]
+    assert -(-len(batches) // (o.accumulate or len(batches))) * o.updates == steps
+    assert o.accumulate == 0 or len(batches) / o.accumulate > steps - 0.1, "and none of them is of a few left over"

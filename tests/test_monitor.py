@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowalign import checkpoint
 from flowalign.build import WORLDS, Facts, build
 from flowalign.config import Evaluation, RunConfig, default
 from flowalign.evaluate import DRIFT_TIMES, Exam, Outcome, thumbnails
@@ -162,15 +163,21 @@ def test_it_stops_there_if_asked(whole: Folder, config: RunConfig) -> None:
     """The run ends with the iteration after the mark, as it was until then; resuming takes it no further."""
     seen = whole.summary()["hacking"]["tests.hackable:Pleasant"]["seen"]
     stop = replace(
-        config, output=config.folder.parent / "stopped", evaluation=replace(config.evaluation, stop_on_hacking=True)
-    )
+        config, output=config.folder.parent / "stopped", fit=replace(config.fit, checkpoint_every=1),
+        evaluation=replace(config.evaluation, stop_on_hacking=True),
+    )  # fmt: skip
     summary = train(stop, progress=False)
     assert summary["iterations"] == seen + 1 and summary["status"] == "done" and "accuracy" in summary
     a, b = (f.lines("metrics.jsonl")[seen]["reward"] for f in (whole, Folder(stop.folder)))
     assert a == b
+    result = {p.name: p.read_bytes() for p in (stop.folder / "result").glob("*.safetensors")}
     again = train(stop, resume=True, progress=False)
     assert again["iterations"] == seen + 1
-    on = replace(stop, evaluation=config.evaluation, fit=replace(config.fit, iterations=seen + 5))
+    assert result == {p.name: p.read_bytes() for p in (stop.folder / "result").glob("*.safetensors")} != {}
+    checkpoint.latest(stop.folder / "checkpoints").unlink()  # as if killed right after the check that marked it
+    assert checkpoint.load(checkpoint.latest(stop.folder / "checkpoints"))["iteration"] == seen
+    assert train(stop, resume=True, progress=False)["iterations"] == seen + 1
+    on = replace(stop, evaluation=config.evaluation, fit=replace(stop.fit, iterations=seen + 5))
     assert train(on, resume=True, progress=False)["iterations"] == seen + 5, "switched off, it goes on"
 
 

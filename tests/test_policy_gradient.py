@@ -164,7 +164,7 @@ def test_granularities_by_brute_force() -> None:
         Collector(toy, Scorer(toy, {"bright": Bright()}), policy, recipe, 6, 0), Prompts(["a"]).draw(0, 1, 8), 0
     )
     grid, nodes, expected = toy.times(6), e.trajectory.at(2), torch.zeros(8)
-    for times in (grid[2:], grid[[2, 4, 6]]):
+    for times in (grid[2:], grid[[2, 3, 5, 6]]):
         r = torch.stack([
             toy.decode(rollout(Policy(toy), EulerMaruyama(), times, Nodes.enter(nodes.x[i : i + 1]), e.cond,
                                noise=Noise(0)).leaves.x, e.cond).mean() for i in range(8)
@@ -314,12 +314,7 @@ def test_euphonium_without_guidance_is_dance_grpo() -> None:
 def test_euphonium_recovers_flow_grpo() -> None:
     """On Flow-GRPO's noise, with its normalisation and without guidance: Flow-GRPO's weights, bit for bit."""
 
-    class Recovered(Euphonium):
-        def recipe(self, times):
-            found = super().recipe(times)
-            return replace(found, credit=replace(found.credit, normalise=Normalise(scale="batch")))
-
-    a, run = start(Recovered(eta=0.7, noise_law="flow", scale=0.0, process=0.0, clip=1e-2, fraction=1.0,
+    a, run = start(Euphonium(eta=0.7, noise_law="flow", std="batch", scale=0.0, process=0.0, clip=1e-2, fraction=1.0,
                              shared_noise=False))  # fmt: skip
     list(run)
     b, run = start(FlowGRPO(noise=0.7, kl=0.0, clip=1e-2))
@@ -396,12 +391,12 @@ def test_windows_move_as_told() -> None:
         starts.add(draw.bounds[0])
         draw.observe(None)
     assert starts == {0, 1, 2}
-    grow = Growing(TIMES, 2, 8, stages=6)
+    grow = Growing(TIMES, 6, 8, stages=3, period=2)
     widths = []
     for _ in range(8):
         widths.append(grow.bounds[1] - grow.bounds[0])
         grow.observe(None)
-    assert widths == [2, 3, 4, 5, 6, 7, 8, 8]
+    assert widths == [6, 6, 7, 7, 8, 8, 8, 8]
     blurred = float(torch.tensor(TIMES[2].item(), dtype=torch.float32))
     assert Sliding(TIMES, 3)(blurred, 0.0) and not Sliding(TIMES, 2)(blurred, 0.0)
 
@@ -422,10 +417,12 @@ def test_talk2move_exits_where_the_variance_is() -> None:
     collector = Collector(toy, Scorer(toy, {"b": Bright()}), policy, recipe, 6, 0)
     exit_ = recipe.learners[0]
     exit_.before(collector, Prompts(["a"]), replace(OPTIONS, groups=8))
+    assert policy.ledger.evaluations == 64 * (5 + 1), "all candidates share the longest one's chain"
+    assert collector.scorer.ledger.rewards == collector.scorer.ledger.decodes == 64 * 3
     assert exit_.step == max(exit_.variances, key=exit_.variances.get) and len(exit_.variances) == 3
     policy.ledger.evaluations = 0
     collect(collector, Prompts(["a"]).draw(0, 2, 4), 0)
-    assert policy.ledger.evaluations == 8 * (exit_.step + 1)
+    assert policy.ledger.evaluations == 8 * (exit_.step + 1) and not collector.recipe.keep
 
 
 def test_value_network_learns_and_differentiates() -> None:
@@ -476,6 +473,8 @@ def test_process_credit_adds_losses() -> None:
         (TreeGRPO(splits=(7,)), "copies"),
         (G2RPO(levels=(9,)), "levels must lie"),
         (MixGRPO(width=9), "does not fit"),
+        (MixGRPO(width=3, stop=2), "use 3 to 5"),
+        (MixGRPO(width=3, stop=6, strategy="random"), "use 3 to 5"),
         (Talk2Move(exits=(9,)), "exit steps"),
         (FlowGRPO(window=(3, 3)), "window"),
     ],

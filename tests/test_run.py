@@ -134,6 +134,32 @@ def test_resume_with_a_larger_budget_is_one_run(config: RunConfig) -> None:
     train(replace(short, fit=config.fit), resume=True, progress=False)
     a, b = weights(config.folder), weights(short.folder)
     assert all(torch.equal(a[k], b[k]) for k in a)
+    one, two = (Folder(c.folder).summary() for c in (config, short))
+    assert one["accuracy"] == two["accuracy"] and one["drift"] == two["drift"], "the old end's figures were kept"
+    # the weights of the fourth iteration were judged as well: 80 images of 4 steps
+    assert two["evaluation_network_evaluations"] == one["evaluation_network_evaluations"] + 80 * 4
+    assert {"evaluate_before", "checks"} <= two["seconds"].keys() and two["clock_seconds"] > 0
+
+
+def test_the_clock_goes_on_over_a_resume(config: RunConfig) -> None:
+    """A run whose time is up is not given it again."""
+    config = replace(config, fit=replace(config.fit, iterations=10**6), max_wall=0.3)
+    first = train(config, progress=False)
+    again = train(config, resume=True, progress=False)
+    assert again["iterations"] <= first["iterations"] + 1 and again["clock_seconds"] >= 0.3
+    more = train(replace(config, max_wall=0.8), resume=True, progress=False)
+    assert more["iterations"] > again["iterations"]
+
+
+def test_half_a_first_check_is_written_again(config: RunConfig) -> None:
+    """A kill within the very first line of the checks does not end the run for good."""
+    train(config, progress=False)
+    folder = Folder(config.folder)
+    checks = folder.lines("checks.jsonl")
+    folder.write("checks.jsonl", '{"iteration": 0, "sec')
+    train(config, resume=True, progress=False)
+    assert [c["iteration"] for c in folder.lines("checks.jsonl")] == [0, 6]
+    assert clean(folder.lines("checks.jsonl")) == clean([checks[0], checks[-1]])
 
 
 def _child(config: RunConfig) -> int:
@@ -150,9 +176,16 @@ def _child(config: RunConfig) -> int:
     return pid
 
 
-def test_kill_at_random_moments(config: RunConfig) -> None:
-    """Killed -9 at eleven random moments and resumed, a run ends bit for bit where an undisturbed one does."""
+@pytest.mark.parametrize("method", ["diffusion-nft", "ddpo"])
+def test_kill_at_random_moments(config: RunConfig, method: str) -> None:
+    """Killed -9 at eleven random moments and resumed, a run ends bit for bit where an undisturbed one does.
+
+    DiffusionNFT has averaged and lagging weights to restore; DDPO each prompt's history of rewards, with prompts that
+    are drawn by what they were worth.
+    """
     config = replace(config, fit=replace(config.fit, iterations=24, checkpoint_every=3))
+    if method == "ddpo":
+        config = replace(config, method=default("ddpo").method, allocation=replace(config.allocation, by="prompt"))
     began = time.perf_counter()
     train(config, progress=False)
     whole = time.perf_counter() - began
@@ -173,13 +206,13 @@ def test_kill_at_random_moments(config: RunConfig) -> None:
         if kills >= 10:
             break
         # it ended before enough kills: give it something further to do by taking its end away
-        for path in [cut.folder / "after.pt", *sorted((cut.folder / "checkpoints").glob("*.pt"))[-1:]]:
-            path.unlink()
+        checkpoint.latest(cut.folder / "checkpoints").unlink()
     assert kills >= 10 and len(ends) >= 3, f"{kills} kills at {ends}"
     a, b = (checkpoint.load(checkpoint.latest(f.folder / "checkpoints")) for f in (config, cut))
     assert a["iteration"] == b["iteration"] == 24
-    for key in ("weights", "optimizer", "roles", "credit", "source", "learners", "rng"):
+    for key in ("weights", "optimizer", "roles", "objective", "credit", "aggregate", "source", "learners", "rng"):
         assert _same(a[key], b[key]), key
+    assert method != "ddpo" or (a["credit"] and a["source"]), "nothing named was there to be restored"
     for name in ("metrics.jsonl", "checks.jsonl"):
         assert clean(Folder(cut.folder).lines(name)) == clean(Folder(config.folder).lines(name))
     assert all(torch.equal(weights(config.folder)[k], v) for k, v in weights(cut.folder).items())
@@ -276,8 +309,11 @@ def test_a_base_of_another_exam_is_refused(config: RunConfig) -> None:
     again = replace(config, output=config.folder.parent / "again", evaluation=shared)
     assert train(again, progress=False)["accuracy"] == Folder(config.folder).summary()["accuracy"]
     other = replace(again, output=config.folder.parent / "third", evaluation=replace(shared, seed=5))
-    with pytest.raises(ValueError, match="cannot be paired"):
-        train(other, progress=False)
+    judged = replace(again, output=config.folder.parent / "third", reward="tests.runworld:Bright")
+    for changed in (other, judged, replace(other, evaluation=shared, precision="bf16")):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            train(changed, progress=False)
+        assert not changed.folder.exists(), "the folder was opened before its base was looked at"
     (config.folder.parent / "bad.pt").write_text("no tensors")
     bad = replace(config.evaluation, base=config.folder.parent / "bad.pt")
     with pytest.raises(ValueError, match=r"bad.pt is no before.pt of a run"):

@@ -20,7 +20,7 @@ from flowalign.methods.base import Steering
 from flowalign.methods.beam import Beam
 from flowalign.methods.best_of_n import BestOfN
 from flowalign.methods.converted import Converted, Power, same_snr, vp_path
-from flowalign.methods.noise_aware import Distil, NoiseAware, Seen, Verifier, distil, within_rows
+from flowalign.methods.noise_aware import Distil, Seen, Verifier, distil, within_rows
 from flowalign.methods.noise_search import NoiseSearch, neighbours
 from flowalign.methods.particles import roll, rows_of
 from flowalign.methods.rbf import RBF, Walk
@@ -33,6 +33,8 @@ from flowalign.protocols import Card
 from flowalign.rollout import rollout
 from flowalign.steer import SearchFailed, steer
 from flowalign.trajectory import Nodes
+from flowalign.value_file import LatentValues
+from flowalign.valuenet import word_ids
 from tests.searching import linear, task
 from tests.toy import Bright, Toy
 from tests.worlds import F64, Normal
@@ -353,7 +355,7 @@ def test_noise_aware_rewards_learn_what_shows_through() -> None:
     aware = distil(seen, {"r": truth}, ["p"] * 600, Distil(epochs=12, lr=3e-3))
     fresh, target = training(500, 2)
     for s in fresh:
-        student = s.scores["r"] + aware("r", s.x0, s.t, ["p"] * 500)
+        student = s.scores["r"] + aware("r", s.x0, s.t, word_ids(["p"] * 500))
         assert (student - target).square().mean() < 0.3 * (s.scores["r"] - target).square().mean()
 
 
@@ -372,7 +374,7 @@ def test_curriculum_runs_from_clean_to_noisy() -> None:
     ]
     assert same == [True, False, False]
     still = distil(seen, {"r": truth}, ["p"] * 64, replace(options, lr=1e-30))
-    assert still("r", clean.x0, clean.t, ["p"] * 64).abs().max() < 1e-20
+    assert still("r", clean.x0, clean.t, word_ids(["p"] * 64)).abs().max() < 1e-20
     gap = [a - b for a, b in zip(whole.networks["r"][0].parameters(), whole.networks["r"][1].parameters(), strict=True)]
     assert 0 < max(float(g.detach().abs().max()) for g in gap) < 0.05  # a few small steps apart: not trained afresh
     order = distil(seen[::-1], {"r": truth}, ["p"] * 64, options)
@@ -386,16 +388,16 @@ def test_noise_aware_rewards_are_saved_and_used(tmp_path: Path) -> None:
     one = steer(Toy(), TTSnap(n=6, levels=(1,), keep=(0.5,), train=4, save=str(file)), Bright(), ["a"], steps=4)
     assert one.ledger.evaluations == 4 * 4 + 6 * 2 + 3 * 2 and one.ledger.rewards == 4 * 2 + 6 + 3
     assert one.ledger.decodes == one.ledger.rewards + 1  # and the result's own
-    loaded = NoiseAware.load(file)
+    loaded = LatentValues.load(file)
     x0 = torch.randn(3, 3, 2, 2)
-    assert loaded.times == [0.75] and loaded("bright", x0, 0.7, ["a"] * 3).shape == (3,)
+    assert loaded.times == [0.75] and loaded("bright", x0, 0.7, word_ids(["a"] * 3)).shape == (3,)
     two = steer(Toy(), TTSnap(n=6, levels=(1,), keep=(0.5,), aware=str(file)), Bright(), ["a"], steps=4)
     assert two.ledger.evaluations == 6 * 2 + 3 * 2
-    with pytest.raises(ValueError, match="no noise-aware student of reward 'other'"):
-        loaded("other", x0, 0.7, ["a"] * 3)
+    with pytest.raises(ValueError, match="no value of reward 'other'"):
+        loaded("other", x0, 0.7, word_ids(["a"] * 3))
     (tmp_path / "wrong").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="is no noise-aware reward"):
-        NoiseAware.load(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="is no file of latent values"):
+        LatentValues.load(tmp_path / "wrong")
 
 
 def test_blind_students_cost_no_reward_calls() -> None:

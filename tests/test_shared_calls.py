@@ -157,7 +157,8 @@ def test_completions_run_as_one_staircase(method) -> None:
     toy, collector, _, e, _ = sampled(method)
     toy.sizes.clear()
     e.completions()
-    assert toy.sizes == [16 * (k + 1) for k in range(STEPS)]
+    last = STEPS if isinstance(method, DenseGRPO) else STEPS - 1  # TP-GRPO's last step is the ODE's: nothing to ask
+    assert toy.sizes == [16 * min(k + 1, last) for k in range(STEPS)]
     toy.sizes.clear()
     e.completions()
     collector.recipe.credit(e)

@@ -59,7 +59,7 @@ def test_a_learned_promise_is_the_weighted_value_and_the_reward_at_data() -> Non
 def test_learned_values_leave_the_evidence_unbiased(tmp_path: Path) -> None:
     """Particles judged by what flow-nrg taught a network: E[Ẑ] = Z of the sampler as without a look on the way, and the
     judge is asked about finished samples alone."""
-    file, lam, n = tmp_path / "values.pt", 1.0, 250
+    file, lam, n = tmp_path / "values.safetensors", 1.0, 250
 
     def bright(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         return 0.5 * x.flatten(1).sum(1)
@@ -82,7 +82,7 @@ def test_learned_values_leave_the_evidence_unbiased(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="values of r, none of other"):
         promise(rows_of(searching.task({"other": searching.linear}), per_sample=False), 1.0, learned=str(file))
     (tmp_path / "wrong").write_bytes(b"not values")
-    with pytest.raises(ValueError, match="holds no values"):
+    with pytest.raises(ValueError, match="is no file of latent values"):
         next(FKSteering(learned=str(tmp_path / "wrong")).search(searching.task(searching.linear)))
     with pytest.raises(ValueError, match="choose one of lookahead"):
         FKSteering(learned=str(file), draws=2)

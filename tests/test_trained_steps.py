@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,11 +12,13 @@ from flowalign.kernels import EulerMaruyama, SecondOrder
 from flowalign.methods.b2_diffurl import B2DiffuRL
 from flowalign.methods.base import Training
 from flowalign.methods.dance_grpo import DanceGRPO
+from flowalign.methods.ddpo import DDPO
 from flowalign.methods.euphonium import Euphonium
 from flowalign.methods.g2rpo import G2RPO
 from flowalign.methods.mix_grpo import MixGRPO
 from flowalign.methods.talk2move import Talk2Move
 from flowalign.methods.tree_grpo import TreeGRPO
+from flowalign.minibatch import minibatches
 from flowalign.options import FitOptions
 from flowalign.prepare import prepare
 from flowalign.recipe import Recipe, trained_steps
@@ -22,6 +26,7 @@ from flowalign.scorer import Scorer
 from flowalign.source import Prompts
 from tests.test_method_settings import OTHERS
 from tests.toy import Bright, Toy
+from tests.worlds import stable_diffusion
 
 TIMES = torch.linspace(1, 0, 9, dtype=torch.float64)
 FAMILY = [m for m, _ in OTHERS if not isinstance(m, G2RPO | Talk2Move)]
@@ -81,6 +86,31 @@ def test_trees_are_as_wide_as_told_and_have_their_teacher() -> None:
     assert torch.equal(steps.target, e.trajectory.leaves.x[e.total.argmax()].expand_as(steps.target))
 
 
+def test_the_stem_of_a_tree_is_not_trained() -> None:
+    """Before its first split a tree has one node, whose advantage is 0 by construction: no network call is spent on it.
+
+    A second tree of the same prompt is something to compare with, and a teacher teaches there too.
+    """
+    toy = Toy()
+    policy, _ = prepare(toy, None)
+
+    def trained(size: int, **settings: Any) -> list[int]:
+        recipe = TreeGRPO(eta=0.5, splits=(2, 3), **settings).recipe(toy.times(6))
+        collector = Collector(toy, Scorer(toy, {"b": Bright()}), policy, recipe, 6, 0)
+        e = collect(collector, Prompts(["a", "b"]).draw(0, 2, size), 0)
+        (batch,) = minibatches(recipe, collector, e, None, FitOptions(batch=1000), 0, 0)  # type: ignore[arg-type]
+        policy.ledger.evaluations = 0
+        recipe.objective(policy, batch.data, e.cond)
+        assert policy.ledger.evaluations == len(
+            {*zip(batch.data.level.tolist(), batch.data.parent.tolist(), strict=True)}
+        )
+        return torch.bincount(batch.data.level, minlength=6).tolist()
+
+    assert trained(4) == [0, 0, 4, 8, 8, 0]
+    assert trained(8) == [4, 4, 8, 16, 16, 0] and trained(4, supervised=0.1) == [2, 2, 4, 8, 8, 0]
+    assert trained(4, backup="edges") == [2, 2, 4, 8, 8, 0], "TreeGRPO's stem has its tree's likely advantage"
+
+
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_a_progressive_window_visits_all_steps_but_the_last(width: int) -> None:
     """MixGRPO: from noise towards data and back again, ``period`` iterations at a place."""
@@ -91,6 +121,18 @@ def test_a_progressive_window_visits_all_steps_but_the_last(width: int) -> None:
         recipe.learners[0].observe(None)
     places = [(k, k + width) for k in range(8 - width)]
     assert seen == [p for p in (places * 40)[:18] for _ in range(2)]
+
+
+def test_windows_stop_where_told() -> None:
+    """MixGRPO's ``stop``: no window reaches that step, and every place before it has its turn; the last step never."""
+    for strategy, default in (("progressive", 7), ("random", 4)):
+        for stop in (None, 2, 5, 7):
+            window = MixGRPO(width=2, period=1, strategy=strategy, stop=stop).recipe(TIMES).learners[0]
+            seen = set()
+            for _ in range(60):
+                seen.add(window.bounds)
+                window.observe(None)
+            assert seen == {(k, k + 2) for k in range((stop or default) - 1)}, (strategy, stop)
 
 
 def test_a_random_window_follows_its_seed() -> None:
@@ -144,14 +186,40 @@ def test_pruned_depths_move_with_the_run_up_to_the_last_split() -> None:
 
 
 def test_the_tail_grows_up_to_its_upper_end() -> None:
-    """B²-DiffuRL: from ``low`` to ``high`` of the steps, and no further."""
-    recipe: Recipe = B2DiffuRL(low=0.25, high=0.75, stages=4).recipe(TIMES)
+    """B²-DiffuRL: stage i of 7 trains ``low + ⌊i (high - low + 1) / 7⌋`` of 8 steps, 2 to 6, and no more after them."""
+    recipe: Recipe = B2DiffuRL(low=0.25, high=0.75, stages=7).recipe(TIMES)
     widths = []
-    for _ in range(8):
+    for _ in range(9):
         widths.append(8 - recipe.learners[0].bounds[0])
         assert trained_steps(recipe, TIMES) == list(range(8 - widths[-1], 7)), "into data there is no noise"
         recipe.learners[0].observe(None)
-    assert widths == [2, 3, 4, 5, 6, 6, 6, 6]
+    assert widths == [2, 2, 3, 4, 4, 5, 6, 6, 6]
+
+
+@pytest.mark.parametrize("method", [DDPO(), B2DiffuRL()], ids=lambda m: m.name)
+def test_the_last_step_is_trained_where_it_draws_noise(method: Training) -> None:
+    """Stable Diffusion ends at ᾱ = .99915 with noise in its last step, which DDPO trains; a flow's last draws none."""
+    process, times = stable_diffusion(), torch.linspace(1, 0, 21, dtype=torch.float64)
+    recipe = method.recipe(times)
+    x = torch.zeros(1, 1)
+    std = recipe.kernel(x, process.posterior(x, times[-2], x0=x), times[-2], times[-1])[0].std
+    assert 0.01 < float(std) < 0.03
+    assert trained_steps(recipe, times, process)[-1] == 19 and trained_steps(recipe, times)[-1] == 18
+
+    class Diffusion(Toy):
+        def posterior(self, x, t, cond):
+            v = 0.1 * self.denoiser(torch.cat([x.flatten(1), torch.full((len(x), 1), 0.5)], 1)).reshape(x.shape)
+            return self.process.posterior(x, t, eps=x + v)
+
+    Diffusion.process = process  # type: ignore[assignment]
+    toy = Diffusion()
+    policy, _ = prepare(toy, None)
+    collector = Collector(toy, Scorer(toy, {"b": Bright()}), policy, method.recipe(toy.times(4)), 4, 0)
+    e = collect(collector, Prompts(["a"]).draw(0, 1, 10), 0)
+    (batch,) = minibatches(collector.recipe, collector, e, None, FitOptions(batch=1000), 0, 0)  # type: ignore[arg-type]
+    assert batch.data.level.max() == 3 and torch.isfinite(batch.data.log_prob).all()
+    with pytest.raises(ValueError, match="none of the 4 steps draws noise"):
+        trained_steps(DDPO(eta=0.0).recipe(toy.times(4)), toy.times(4), process)
 
 
 def test_the_jump_to_the_end_draws_no_noise() -> None:

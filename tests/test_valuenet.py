@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,7 +85,7 @@ def test_every_state_is_taught_what_came_of_it() -> None:
 
 
 def test_scale_and_order_follow_the_iterations() -> None:
-    """The mean moves a tenth of the way, the deviation is the iteration's; the states' order is another each time."""
+    """Mean and variance move a tenth of the way; the states' order is another each time."""
     value, orders = learner(batch=100), []
     for iteration in (0, 1):
         e = tree(iteration)
@@ -90,13 +93,71 @@ def test_scale_and_order_follow_the_iterations() -> None:
         states = torch.cat([e.trajectory.at(k).x for k in range(STEPS + 1)])
         x = value.network.asked[-1][0]
         orders.append([next(j for j in range(len(x)) if torch.equal(states[j], row)) for row in x])
-    assert value.mean == pytest.approx(15.0 + 0.1 * 3.0) and value.std == pytest.approx(
-        float(e.total.std(correction=0))
-    )
+    mean = 15.0 + 0.1 * 3.0
+    first, second = (float(v) for v in (tree(0).total.var(correction=0), ((e.total - mean) ** 2).mean()))
+    assert value.mean == pytest.approx(mean) and value.std == pytest.approx((0.9 * first + 0.1 * second) ** 0.5)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(26)) and orders[0] != orders[1]
     small = learner(batch=10)
     small.observe(tree())
     assert [len(x) for x, _, _ in small.network.asked] == [10, 10, 6]
+
+
+def answers(value: ValueLearner) -> Tensor:
+    value.enter(PROMPTS)
+    x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return value(x, torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([0, 1, 0, 1]))
+
+
+def paid(iteration: int, *rewards: float) -> Experience:
+    """The tree of an iteration with other rewards."""
+    return replace(tree(iteration), rewards={"r": torch.tensor(rewards)})
+
+
+@pytest.mark.parametrize("level", [1.0, 0.0, 5.0])
+def test_an_iteration_of_equal_rewards_teaches_nothing(level: float) -> None:
+    """All succeed, or all fail: neither the scale nor the network nor the optimiser's memory moves."""
+    value = ValueLearner(width=8)
+    for i in range(3):
+        value.observe(paid(i, 1, 0, 1, 1, 0, 0, 1, 0))
+    before, state = answers(value), copy.deepcopy(value.state_dict())
+    for i in range(3, 6):
+        assert value.observe(paid(i, *[level] * 8)) == {}
+    assert torch.equal(answers(value), before) and value.state_dict()["scale"] == state["scale"]
+    for a, b in zip(value.optimizer.state_dict()["state"].values(), state["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    fresh = ValueLearner(width=8)
+    assert fresh.observe(paid(0, *[level] * 8)) == {} and torch.equal(answers(fresh), torch.zeros(4))
+
+
+def test_targets_stay_bounded_however_rewards_jump() -> None:
+    """One failure among successes, then rewards a thousand times as large: a mean squared target of 10 at the most."""
+    value = learner(batch=100)
+    for i in range(40):
+        value.observe(paid(i, 1, 1, 1, 1, 1, 1, 1, 1 - 1e-3))
+    for i, scale in enumerate((1.0, 1e3, 1e-3)):
+        r = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1]) * scale
+        assert "value/loss" in value.observe(paid(50 + i, *r.tolist()))
+        assert float((((r - value.mean) / value.std) ** 2).mean()) <= 10 + 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_the_scale_of_the_first_rewards_is_theirs(scale: float) -> None:
+    """Tiny and huge rewards are told apart alike: the first iteration sets mean and deviation, the next ones follow."""
+    value = learner(batch=100)
+    r = torch.tensor([1.0, 0, 1, 0, 1, 1, 0, 1])
+    value.observe(paid(0, *(scale * r).tolist()))
+    assert value.mean == pytest.approx(scale * 0.625)
+    assert value.std == pytest.approx(scale * float(r.std(correction=0)), rel=1e-5)
+
+
+def test_a_deviation_of_one_is_not_taken_for_the_first() -> None:
+    """Rewards whose spread happens to be 1: the second iteration moves the mean by a tenth, as any other."""
+    value = learner(batch=100)
+    value.observe(paid(0, 1, -1, 1, -1, 1, -1, 1, -1))
+    assert value.std == pytest.approx(1.0)
+    value.observe(paid(1, 3, 1, 3, 1, 3, 1, 3, 1))
+    assert value.mean == pytest.approx(0.2)
 
 
 def test_it_answers_in_units_of_the_reward() -> None:

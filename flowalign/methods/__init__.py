@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -55,6 +57,15 @@ METHODS: dict[str, str] = {
 }
 """Name to ``module:Class``, a :class:`~flowalign.methods.base.Method`. One line per method, in alphabetical order."""
 
+RELATIVES: dict[str, str] = {
+    "branch-grpo": "tree-grpo",
+    "dynamic-treerpo": "tree-grpo",
+    "flow-cps": "flow-grpo",
+    "flow-grpo-fast": "mix-grpo",
+    "treegrpo": "tree-grpo",
+}
+"""Papers whose method is settings of another one: a preset there."""
+
 
 def resolve(name: str) -> type[Method]:
     """Return the class of a method.
@@ -69,9 +80,11 @@ def resolve(name: str) -> type[Method]:
 
     module, _, attribute = METHODS.get(name, name).partition(":")
     if not attribute:
-        raise ValueError(
-            f"no method is called {name!r}. {nearest(name, METHODS)} One of your own is written module:Class."
-        )
+        kin = RELATIVES.get(name)
+        near = nearest(name, METHODS) if kin is None else f"It is settings of {kin}: see flowalign methods {kin}."
+        raise ValueError(f"no method is called {name!r}. {near} One of your own is written module:Class.")
+    if name not in METHODS and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the console script's path lacks the folder in which the user's module lies
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -1,8 +1,13 @@
 """B²-DiffuRL: backward progressive training on branched samples (Hu et al. 2503.11240).
 
 Train the last steps of the chain first and let the trained tail grow towards the noise; at the start of the tail every
-sample branches into siblings that share their past, so their rewards differ by the tail alone. Of the siblings the best
-and worst are trained, where they stand out by half a standard deviation of the recent rewards.
+sample branches into siblings that share their past, so their rewards differ by the tail alone.
+
+    z = (r - mean_prompt) / (std_prompt + 1e-8),  unbiased std          A = clamp(z, ±5)
+
+Mean and deviation are those of the prompt's own rewards in this iteration and the 8 before. Of the siblings the best is
+trained if z ≥ .5 and the worst if z < -.5; the others are sampled, judged and dropped. The advantage is z itself, as in
+the authors' code (``run_select.py``, ``run_train.py``): siblings choose who is trained, not how much.
 """
 
 from __future__ import annotations
@@ -23,52 +28,64 @@ from flowalign.objectives.clip import Clip
 from flowalign.options import FitOptions
 from flowalign.prepare import Lora
 from flowalign.recipe import Recipe
+from flowalign.thinning import credited
 from flowalign.windows import BranchAt, Growing
 
 __all__ = ["B2DiffuRL", "Siblings"]
 
+F64 = torch.float64
+
 
 class Siblings(Credit):
-    """Advantages within a branch.
+    """Advantages of the best and the worst of each branch, against their prompt's recent rewards.
 
-    The best sibling is pulled up and the worst pushed down; the rest, and branches that do not stand out, get nothing.
+    The best sibling is pulled up and the worst pushed down, each only if it stands out; all others get exactly 0.
 
     Args:
         window: the tail; its first level is where siblings part.
-        margin: standard deviations by which best and worst must stand out from the recent mean.
-        memory: iterations that the mean and deviation remember.
+        margin: standard deviations by which best and worst must stand out from the prompt's recent mean.
+        memory: iterations before this one that the mean and deviation remember.
+        clamp: bound of the advantage.
     """
 
-    def __init__(self, window: Growing, margin: float = 0.5, memory: int = 8) -> None:
-        self.window, self.margin, self.memory = window, margin, memory
-        self.recent: list[list[float]] = []
+    def __init__(self, window: Growing, margin: float = 0.5, memory: int = 8, clamp: float = 5.0) -> None:
+        self.window, self.margin, self.memory, self.clamp = window, margin, memory, clamp
+        self.recent: list[dict[str, list[float]]] = []  # of each iteration remembered, the rewards by prompt
 
     def __call__(self, experience: Experience) -> Levels:
         """Credit the tail's steps."""
-        e, tree = experience, experience.trajectory
-        total = e.total.detach()
-        self.recent = [*self.recent, total.double().cpu().tolist()][-self.memory :]
-        known = torch.tensor([r for it in self.recent for r in it], dtype=torch.float64)
-        z = ((total.double().cpu() - known.mean()) / (known.std(correction=0) + 1e-6)).to(total)
+        tree = experience.trajectory
+        z = self._standing(experience)
         parent = tree.lineage()[self.window.bounds[0]]
         out = torch.zeros_like(z)
         for b in parent.unique().tolist():
-            members = (parent == b).nonzero().flatten().to(z.device)
+            members = (parent == b).nonzero().flatten()
             best, worst = members[z[members].argmax()], members[z[members].argmin()]
-            centre = z[members].mean()
             if z[best] >= self.margin:
-                out[best] = z[best] - centre
-            if z[worst] <= -self.margin and worst != best:
-                out[worst] = z[worst] - centre
-        return tree.backup(out)
+                out[best] = z[best]
+            if z[worst] < -self.margin:
+                out[worst] = z[worst]
+        return tree.backup(out.clamp(-self.clamp, self.clamp).to(experience.total))
+
+    def _standing(self, e: Experience) -> Tensor:
+        """Return each leaf's z ``(N_leaves,)``, float64 on the CPU, and remember this iteration's rewards."""
+        total = e.total.detach().double().cpu()
+        prompts = [e.cond.prompts[r] for r in e.trajectory.leaves.row.tolist()]
+        now: dict[str, list[float]] = {}
+        for prompt, r in zip(prompts, total.tolist(), strict=True):
+            now.setdefault(prompt, []).append(r)
+        known = {p: torch.tensor([r for it in (*self.recent, now) for r in it.get(p, [])], dtype=F64) for p in now}
+        self.recent = [*self.recent, now][-self.memory :] if self.memory else []
+        mean, std = (torch.stack([f(known[p]) for p in prompts]) for f in (torch.mean, torch.std))
+        return (total - mean) / (std + 1e-8)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent rewards."""
-        return {"recent": [list(r) for r in self.recent]}
+        return {"recent": [{p: list(r) for p, r in it.items()} for it in self.recent]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
-        self.recent = [list(r) for r in state["recent"]]
+        self.recent = [{p: list(r) for p, r in it.items()} for it in state["recent"]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,7 @@ class B2DiffuRL(Training):
     clip: float = 0.1
 
     def recipe(self, times: Tensor) -> Recipe:
-        """Return the choices; the step into clean data draws no noise, so it is sampled and not trained."""
+        """Return the choices: every step of the tail that draws noise is trained, on the chosen siblings alone."""
         steps = len(times) - 1
         window = Growing(times, max(1, round(self.low * steps)), max(1, round(self.high * steps)), self.stages)
         kernel = Ancestral(Ddim(self.eta))
@@ -111,7 +128,9 @@ class B2DiffuRL(Training):
             credit=Siblings(window, self.margin),
             select=BranchAt(window, self.width),
             roots=lambda n: max(1, n // self.width),
-            trained=lambda level, t, s: s > 0 and window.trained(level, t, s),
+            trained=window.trained,
+            thin=credited,
+            uneven=True,
             learners=(window,),
         )
 
@@ -121,9 +140,13 @@ class B2DiffuRL(Training):
         return {
             "published": Preset(
                 cls(),
-                FitOptions(iterations=100, groups=32, size=5, steps=20, batch=4, accumulate=64, lr=1e-4),
+                FitOptions(
+                    iterations=100, groups=256, size=5, steps=20, updates=2, batch=2, accumulate=64 * 17, lr=1e-4
+                ),
                 Lora(rank=4, alpha=4),
-                note="SD 1.5, 20 DDIM steps, guidance 5. Not run here.",
+                note="SD 1.4, 20 DDIM steps, guidance 5; a stage has 256 starts of 5 siblings each and is trained on "
+                "twice. An optimiser step there takes 128 samples with all their 14 to 20 trained steps, here as many "
+                "transitions as with 17. Not run here.",
             ),
             "demo": Preset(
                 cls(width=4, clip=1e-2, stages=40),

@@ -83,17 +83,20 @@ class DanceGRPO(Training):
             "published": Preset(
                 cls(),
                 FitOptions(
-                    iterations=300, groups=8, size=12, steps=16, batch=1, accumulate=12, lr=1e-5, max_grad_norm=0.01
+                    iterations=300, groups=8, size=12, steps=16, batch=1, accumulate=0, lr=1e-5, max_grad_norm=0.01
                 ),
                 None,
                 ema=0.995,
-                note="FLUX.1-dev 720 px, shift 3, guidance embedding 3.5, all weights. Not run here.",
+                note="FLUX.1-dev 720 px, shift 3, guidance embedding 3.5, all weights; the recipe for 8 GPUs, with one "
+                "optimiser step a rollout. Not run here.",
             ),
             "published-video": Preset(
-                cls(eta=0.25, keep=8),
-                FitOptions(iterations=300, groups=8, size=24, steps=16, batch=1, accumulate=12, lr=1e-5),
+                cls(eta=0.25, keep=4),
+                # two optimiser steps a rollout: each after 4 of a prompt's 8 kept samples, with 9 of 15 steps of each
+                FitOptions(iterations=300, groups=8, size=24, steps=16, batch=1, accumulate=8 * 4 * 9, lr=1e-5),
                 None,
-                note="HunyuanVideo 480 px, 53 frames, shift 5, guidance 6: best and worst 8 of 24. Not run here.",
+                note="HunyuanVideo 480 px, 53 frames, shift 5, guidance 6: the best 4 and the worst 4 of 24 (bestofn "
+                "is 8 in the code). Not run here.",
             ),
             "demo": Preset(
                 cls(clip=1e-3, eta=0.5),

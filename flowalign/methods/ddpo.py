@@ -3,7 +3,8 @@
     x_s ~ N( DDIM mean, η² σ̃² ),  η = 1      A = (r - mean_prompt) / (std_prompt + 1e-6), clamped to ±10
 
 Mean and standard deviation are those of the prompt's last 16 rewards, whatever iteration they came from; a prompt with
-fewer is compared with the batch. Every step of the chain that draws noise is trained: into clean data σ̃ is 0.
+fewer is compared with the batch. Every step of the chain that draws noise is trained. Where data time is clean (a flow)
+σ̃ of the last step is 0; Stable Diffusion's last step ends at ᾱ = .99915, keeps a noise of std .02, and is trained.
 """
 
 from __future__ import annotations
@@ -90,12 +91,7 @@ class DDPO(Training):
     def recipe(self, times: torch.Tensor) -> Recipe:
         """Return the choices."""
         kernel = Ancestral(Ddim(self.eta))
-        return Recipe(
-            kernel,
-            Clip(kernel, self.clip),
-            credit=History(self.buffer, self.least),
-            trained=lambda level, t, s: s > 0,
-        )
+        return Recipe(kernel, Clip(kernel, self.clip), credit=History(self.buffer, self.least))
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:

@@ -133,8 +133,8 @@ class DRaFT(Training):
             ),
             "hacked": Preset(
                 cls(mode="full"), FitOptions(iterations=200, groups=16, size=1, steps=10, batch=16, accumulate=0,
-                                             lr=4e-4, weight_decay=0.0), None, guidance=False,
-                note="shapes with shapes-clip: fewer layouts, or wrong pictures, in 50 s. Not to be followed.",
+                                             lr=3e-4, weight_decay=0.0), None, guidance=False,
+                note="shapes with shapes-clip, in steps too large: fewer layouts, wrong pictures. Not to be followed.",
             ),
             "demo": Preset(
                 cls(mode="full"), FitOptions(iterations=200, groups=16, size=1, steps=10, batch=16, accumulate=0,

@@ -49,7 +49,8 @@ class FKSteering(Steering):
         lookahead: reward of the posterior mean (1), or after so many ODE steps.
         draws: more than 1: the soft mean of the rewards of so many draws around the posterior mean, in its place.
         data: deviation of clean states, which says how far those draws lie apart.
-        learned: file of a value of noisy states that flow-nrg trained and saved, in its place; "" for none.
+        learned: file of a value of noisy states in its place: flow-nrg's (option save) or Euphonium's (in a run's
+            result, value/values.safetensors); "" for none.
         twist: strength of the gradient proposal, 1 for TDS; 0 for none. Needs a differentiable reward.
         temper: none, geometric (DAS), or adaptive on the ESS.
         gamma: of the geometric schedule.

@@ -35,12 +35,15 @@ class FlowGRPO(Training):
     Attributes:
         noise: level a of the law: .7 for SD3.5, .9 FLUX, 1.2 Qwen-Image; .8 for cps.
         noise_law: flow, the paper's SDE; cps, coefficient-preserving sampling.
-        window: first and last (exclusive) step that draws noise and is trained; none for all but the last step.
+        window: first and last (exclusive) step that draws noise, the ODE elsewhere; none: every step draws noise. The
+            sampler's last step is trained in no case. Published: none, whose last step has its noise too, so that
+            a window of all steps but the last is another sampler; a window of all steps is the same one.
         clip: range of the ratio; none for no clipping.
         ratio: what is called the ratio: per_dim (published), mse (CPS's), density, guard.
         kl: weight of the penalty towards the base model.
         kl_scale: flow_grpo (the published code's), exact, velocity.
         std: advantages are divided by the standard deviation of the batch (published) or of the group.
+        shared_noise: one initial noise for all samples of a prompt (``same_latent`` of the published code).
     """
 
     name: ClassVar[str] = "flow-grpo"
@@ -49,7 +52,10 @@ class FlowGRPO(Training):
   title={Flow-{GRPO}: Training Flow Matching Models via Online {RL}},
   author={Liu, Jie and Liu, Gongye and Liang, Jiajun and Li, Yangguang and Liu, Jiaheng and Wang, Xintao and
           Wan, Pengfei and Zhang, Di and Ouyang, Wanli},
-  booktitle={Advances in Neural Information Processing Systems}, year={2025}, note={arXiv:2505.05470}}"""
+  booktitle={Advances in Neural Information Processing Systems}, year={2025}, note={arXiv:2505.05470}}
+@article{wang2025flowcps,
+  title={Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching},
+  author={Wang, Feng and Yu, Zihao}, journal={arXiv preprint arXiv:2509.05952}, year={2025}}"""
 
     noise: float = 0.7
     noise_law: Literal["flow", "cps"] = "flow"
@@ -59,37 +65,39 @@ class FlowGRPO(Training):
     kl: float = 0.04
     kl_scale: Literal["flow_grpo", "exact", "velocity"] = "flow_grpo"
     std: Literal["batch", "group"] = "batch"
+    shared_noise: bool = False
 
     def recipe(self, times: Tensor) -> Recipe:
         """Return the choices; the last step, whose noise would remain in the picture, is not trained."""
         steps = len(times) - 1
         inside: Kernel = EulerMaruyama(FlowGrpo(self.noise)) if self.noise_law == "flow" else Ancestral(Cps(self.noise))
-        first, last = self.window or (0, max(steps - 1, 1))
-        window = levels_between(times, first, last)
+        window = levels_between(times, *(self.window or (0, steps)))
         kernel: Kernel = inside if self.window is None else Windowed(inside, window)
         return Recipe(
             kernel,
             Clip(kernel, self.clip, self.ratio, self.kl, self.kl_scale),
             credit=Group(Normalise(scale=self.std)),
-            trained=lambda level, t, s: window(t, s),
+            shared_noise=self.shared_noise,
+            trained=lambda level, t, s: level < max(steps - 1, 1) and window(t, s),
             keep=self.ratio == "guard",
         )
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
         """Return the published settings for SD3.5-M with PickScore, and the demo's."""
+        fit = FitOptions(
+            iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=3e-4, filter_groups=True, ema_every=8
+        )
+        note = (
+            "two optimiser steps per rollout, fewer where most groups have no variance and are left out. Not run here."
+        )
         return {
             "published": Preset(
-                cls(kl=0.01),
-                FitOptions(iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=3e-4),
-                Lora(),
-                note="SD3.5-M, PickScore: T = 10, guidance 4.5, two optimiser steps per rollout. Not run here.",
+                cls(kl=0.01), fit, Lora(), note=f"SD3.5-M, PickScore: T = 10, guidance 4.5, {note}"
             ),
             "published-cps": Preset(
-                cls(noise=0.8, noise_law="cps", clip=1e-5, ratio="mse", kl=0.0),
-                FitOptions(iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=3e-4),
-                Lora(),
-                note="Flow-CPS on SD3.5-M. Not run here.",
+                cls(noise=0.8, noise_law="cps", clip=1e-5, ratio="mse", kl=0.0), fit, Lora(),
+                note=f"Flow-CPS on SD3.5-M, {note}",
             ),
             "demo": Preset(
                 cls(noise=0.8, noise_law="cps", window=(0, 3), clip=None, ratio="mse", kl=0.02, kl_scale="velocity",

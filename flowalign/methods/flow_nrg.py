@@ -16,7 +16,6 @@ Several objectives are weighted as the rewards are: ``--reward a:2,b:0.5``.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,13 @@ from flowalign.noise import Noise, mix
 from flowalign.options import FitOptions
 from flowalign.process import Posterior, Time
 from flowalign.rollout import rollout
+from flowalign.value_file import LatentValues
 from flowalign.valuenet import LatentValue, word_ids
 
 __all__ = ["FlowNRG", "Objective", "pushed", "read_values", "teach"]
 
 FieldOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t (B,), row) -> (B,)
-STATE = "values.pt"
+STATE = "values.safetensors"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class FlowNRG(Steering):
         width: of each.
         noise: of the sampler: 0 for the ODE, or a of the flow's SDE, η of DDIM.
         first: no guidance before this time of the noise: at pure noise every value is flat.
-        save: where to write the values, for fk-steering's ``learned``; "" for nowhere.
+        save: where to write the values, for fk-steering's ``learned`` and ttsnap's ``aware``; "" for nowhere.
     """
 
     name: ClassVar[str] = "flow-nrg"
@@ -168,32 +168,27 @@ class FlowNRG(Steering):
         """Return one trained value for each reward, from the task's folder where they are there already."""
         weights = {k: self.scale * w for k, w in task.judge.scorer.weights.items() if w}
         path = None if task.folder is None else task.folder / STATE
-        saved = torch.load(path, weights_only=True) if path is not None and path.is_file() else {}
-        data = None if set(weights) <= set(saved) else self._data(task)
-        words = word_ids(task.draw.prompts)
-        shape, out = task.pipeline.shape(task.judge.cond), []
-        for name, weight in weights.items():
+        saved = LatentValues.load(path) if path is not None and path.is_file() else LatentValues({}, {})
+        networks, scale = dict(saved.networks), dict(saved.scale)
+        data = None if set(weights) <= set(networks) else self._data(task)
+        words, shape = word_ids(task.draw.prompts), task.pipeline.shape(task.judge.cond)
+        for name in (k for k in weights if k not in networks):
+            assert data is not None
+            x0, row, rewards = data
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                network = LatentValue(shape, self.width)
-            if name in saved:
-                network.load_state_dict(saved[name]["network"])
-                mean, std = saved[name]["scale"]
-            else:
-                assert data is not None
-                x0, row, rewards = data
-                network.to(x0.device)
-                mean, std = float(rewards[name].mean()), max(float(rewards[name].std()), 1e-3)
-                teach(
-                    network, x0, ((rewards[name] - mean) / std).to(x0.device), words[row].to(x0.device),
-                    task.policy.process.diffuse, steps=self.train, soft=weight * std if self.loss == "soft" else 0.0,
-                    seed=task.seed,
-                )  # fmt: skip
-                saved[name] = {"network": network.state_dict(), "scale": [mean, std]}
-            out.append(Objective(_predict(network.eval(), mean, std, words), weight))
-        _save(path, saved)
-        _save(Path(self.save) if self.save else None, saved)
-        return out
+                network = LatentValue(shape, self.width).to(x0.device)
+            mean, std = float(rewards[name].mean()), max(float(rewards[name].std()), 1e-3)
+            teach(
+                network, x0, ((rewards[name] - mean) / std).to(x0.device), words[row].to(x0.device),
+                task.policy.process.diffuse, steps=self.train, soft=weights[name] * std if self.loss == "soft" else 0.0,
+                seed=task.seed,
+            )  # fmt: skip
+            networks[name], scale[name] = [network], (mean, std)
+        values = LatentValues(networks, scale)
+        for file in [p for p in (path, Path(self.save) if self.save else None) if p is not None]:
+            values.save(file)
+        return [Objective(values.of(name, words), weight) for name, weight in weights.items()]
 
     def _data(self, task: Task) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sample the frozen generator and judge: clean states, their rows, and every reward."""
@@ -220,44 +215,28 @@ class FlowNRG(Steering):
         }  # fmt: skip
 
 
-def _predict(network: nn.Module, mean: float, std: float, words: Tensor) -> FieldOf:
-    def predict(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
-        return mean + std * network(x, t.to(x.device), words[row].to(x.device)).to(x)
-
-    return predict
-
-
 def read_values(
     path: Path, weights: Mapping[str, float], shape: Sequence[int], prompts: Sequence[str]
 ) -> list[Objective]:
-    """Return the trained values of rewards from a file that this method wrote, with the rewards' weights.
+    """Return trained values of noisy states with the weights by which they make up the weighted reward.
 
     Args:
-        path: of the file.
+        path: of a file that this method wrote (``save``), or Euphonium (in a run's result).
         weights: of the rewards by name; those of weight 0 need no value.
         shape: of a state.
         prompts: by row.
 
     Raises:
-        ValueError: for a file that is none, or that lacks a reward.
+        ValueError: for a file that is none, that lacks a reward, that reads posterior means (ttsnap's), or states of
+            another shape.
     """
-    try:
-        saved = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} holds no values written by flow-nrg (its option save): {error}") from error
-    missing = [k for k, w in weights.items() if w and k not in saved]
-    if missing:
-        raise ValueError(f"{path} holds values of {', '.join(saved)}, none of {missing[0]}: train that one first.")
-    words, out = word_ids(prompts), []
-    for name in (k for k, w in weights.items() if w):
-        network = LatentValue(shape, len(saved[name]["network"]["stem.bias"]))
-        network.load_state_dict(saved[name]["network"])
-        mean, std = saved[name]["scale"]
-        out.append(Objective(_predict(network.eval(), mean, std, words), weights[name]))
-    return out
-
-
-def _save(path: Path | None, values: Mapping[str, object]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(values), path)
+    saved = LatentValues.load(path)
+    if saved.sees != "state":
+        raise ValueError(
+            f"{path} holds students of posterior means, for ttsnap's aware; values of noisy states wanted."
+        )
+    parts, words = saved.parts(weights), word_ids(prompts)
+    was = saved.networks[next(iter(parts))][0].shape
+    if was != tuple(shape):
+        raise ValueError(f"{path} holds values of states {was}; these are {tuple(shape)}.")
+    return [Objective(saved.of(name, words), weight) for name, weight in parts.items()]

@@ -4,6 +4,13 @@ One ODE from one noise; at step k a group branches with one SDE step and goes on
 differ by that step alone. From the states after the step the ODE is done again with strides λ = 1, 2, ...; the
 advantage is normalised per stride and per reward among the siblings of a branch, and summed. One forward serves them
 all before the branch; one level is trained per iteration, in turn.
+
+With stride λ the completion of ``x_{k+1}`` visits levels k+2, k+2+λ, k+2+2λ, ... and data time, as published; where the
+published grid ends before data time, its x̂0 is decoded, which is the same.
+
+Different from the published: there one ODE of a prompt serves all levels, every k branching from it, with an optimiser
+step each. Here each level is an iteration with prompts, noises and a prefix of its own, sampled by the newest policy:
+the prefix of level k costs k evaluations a group, where the anchor's costs those of the last level once for all.
 """
 
 from __future__ import annotations
@@ -62,11 +69,11 @@ class Granular(Credit):
         return out
 
     def _coarse(self, e: Experience, nodes: Nodes, level: int, stride: int) -> Mapping[str, Tensor]:
-        """Complete the branched states on a grid with every ``stride``-th time; data time is always reached."""
+        """Complete the branched states by one step of the grid and every ``stride``-th time after it, to data time."""
         rest = e.trajectory.times[level:]
         x = nodes.x
         if len(rest) > 1:
-            grid = torch.cat([rest[:-1:stride], rest[-1:]])
+            grid = torch.cat([rest[:1], rest[1:-1:stride], rest[-1:]])
             start = Nodes.enter(nodes.x.detach(), nodes.row)
             x = rollout(
                 e.policy, EulerMaruyama(), grid, start, e.cond, noise=Noise(0), n_rows=e.trajectory.n_rows
@@ -124,7 +131,8 @@ class G2RPO(Training):
                 cls(),
                 FitOptions(iterations=301 * 8, groups=16, size=12, steps=16, batch=1, accumulate=0, lr=2e-6),
                 None,
-                note="FLUX.1-dev 720 px, shift 3, 16 GPUs; one iteration here is one level there. Not run here.",
+                note="FLUX.1-dev 720 px, shift 3, 16 GPUs; one iteration here is one level there, with prompts and "
+                "noises of its own. Not run here.",
             ),
             "demo": Preset(
                 cls(levels=(0, 1, 2, 3), width=16, clip=1e-3),

@@ -52,7 +52,12 @@ class GRPOGuard(Training):
         """Return the published settings, and the demo's."""
         return {
             "published": Preset(
-                cls(), FitOptions(iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=1e-4), Lora(),
+                cls(),
+                FitOptions(
+                    iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=1e-4, filter_groups=True,
+                    ema_every=8,
+                ),
+                Lora(),
                 note="SD3.5-M on 16 GPUs. Not run here.",
             ),
             "demo": Preset(

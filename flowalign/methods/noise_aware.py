@@ -6,7 +6,8 @@ A reward was trained on clean pictures, and the posterior mean of a noisy state 
 
 where every level starts from the weights of the level before it and keeps its own copy. ``residual`` students are the
 teacher plus a correction that starts at zero, ``R(x̂0_t) + δ_t(x̂0_t)``: self-distillation in the paper's sense, at the
-price of one decode and one reward call per look. Others see the state alone and cost neither.
+price of one decode and one reward call per look. Others see the posterior mean alone and cost neither. What is pruned
+by may also be a value of noisy states that Euphonium or Flow-NRG trained (:mod:`flowalign.value_file`): no look either.
 """
 
 from __future__ import annotations
@@ -14,22 +15,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowalign import weights_file
 from flowalign.methods.particles import Rows
 from flowalign.noise import mix
 from flowalign.process import Posterior, Time
 from flowalign.selection.base import by_row
+from flowalign.value_file import LatentValues
 from flowalign.valuenet import LatentValue, word_ids
 from flowalign.values import Value
 
-__all__ = ["Distil", "NoiseAware", "Seen", "Verifier", "distil", "within_rows"]
-
-KIND = "noise-aware"
+__all__ = ["Distil", "Seen", "Verifier", "distil", "within_rows"]
 
 
 @dataclass(frozen=True)
@@ -66,75 +64,10 @@ class Seen:
     scores: Mapping[str, Tensor]
 
 
-class NoiseAware:
-    """Students by reward and level.
-
-    Args:
-        networks: by name of the reward, one per level.
-        times: of the levels, rising.
-        scale: mean and deviation of what the students of a reward predict.
-        residual: see :class:`Distil`.
-    """
-
-    def __init__(
-        self,
-        networks: Mapping[str, Sequence[LatentValue]],
-        times: Sequence[float],
-        scale: Mapping[str, tuple[float, float]],
-        residual: bool,
-    ) -> None:
-        self.networks, self.times, self.scale, self.residual = dict(networks), list(times), dict(scale), residual
-
-    @torch.no_grad()
-    def __call__(self, name: str, x0: Tensor, t: float, prompts: Sequence[str]) -> Tensor:
-        """Return what the student of the nearest level adds to the clean reward, or says in its place, ``(B,)``.
-
-        Raises:
-            ValueError: for a reward that it was not trained on.
-        """
-        if name not in self.networks:
-            raise ValueError(f"no noise-aware student of reward {name!r}; there are {', '.join(self.networks)}.")
-        level = min(range(len(self.times)), key=lambda k: abs(self.times[k] - t))
-        words = word_ids(prompts).to(x0.device)
-        mean, std = self.scale[name]
-        return mean + std * self.networks[name][level].to(x0.device)(x0, x0.new_full((len(x0),), t), words)
-
-    def save(self, path: Path) -> None:
-        """Write weights (safetensors) with what is needed to read them."""
-        first = next(iter(self.networks.values()))[0]
-        about = {
-            "times": self.times, "scale": self.scale, "residual": self.residual, "shape": first.shape,
-            "width": first.width,
-        }  # fmt: skip
-        weights = {
-            f"{name}/{k}/{key}": v
-            for name, nets in self.networks.items() for k, net in enumerate(nets) for key, v in net.state_dict().items()
-        }  # fmt: skip
-        weights_file.write(path, KIND, about, weights)
-
-    @classmethod
-    def load(cls, path: Path) -> NoiseAware:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: for a file that is none of these.
-        """
-        about, weights = weights_file.read(path, KIND, "noise-aware reward")
-        networks: dict[str, list[LatentValue]] = {}
-        for name in about["scale"]:
-            nets = [LatentValue(about["shape"], about["width"]) for _ in about["times"]]
-            for k, net in enumerate(nets):
-                head = f"{name}/{k}/"
-                net.load_state_dict({key.removeprefix(head): w for key, w in weights.items() if key.startswith(head)})
-            networks[name] = nets
-        scale = {name: (float(m), float(s)) for name, (m, s) in about["scale"].items()}
-        return cls(networks, about["times"], scale, bool(about["residual"]))
-
-
 def distil(
     seen: Sequence[Seen], truth: Mapping[str, Tensor], prompts: Sequence[str], options: Distil, seed: int = 0
-) -> NoiseAware:
-    """Train students of each reward.
+) -> LatentValues:
+    """Train students of each reward, one for each level, on posterior means.
 
     Args:
         seen: the levels of one batch of samples, in any order.
@@ -160,7 +93,7 @@ def distil(
             torch.manual_seed(mix(seed, number))
             networks[name] = _curriculum(levels, [(g - mean) / std for g in gaps], word_ids(prompts), options)
         scale[name] = (mean, std)
-    return NoiseAware(networks, [s.t for s in levels], scale, options.residual)
+    return LatentValues(networks, scale, [s.t for s in levels], "posterior", options.residual)
 
 
 def _curriculum(levels: Sequence[Seen], targets: list[Tensor], words: Tensor, options: Distil) -> list[LatentValue]:
@@ -201,14 +134,14 @@ class Verifier(Value):
 
     Attributes:
         rows: whose judge and prompts.
-        aware: the students; None for the clean rewards.
+        aware: the students, or trained values of noisy states; None for the clean rewards.
         ranks: sum the ranks within each prompt in place of the weighted rewards (several rewards of unlike scales).
         blind: ask nothing before data time: states are only looked at.
         seen: what was looked at, where it is to be kept for training.
     """
 
     rows: Rows
-    aware: NoiseAware | None = None
+    aware: LatentValues | None = None
     ranks: bool = False
     blind: bool = False
     seen: list[Seen] | None = field(default=None, compare=False)
@@ -217,6 +150,7 @@ class Verifier(Value):
         """Return ``(B,)``; at data time the rewards themselves."""
         x0, time = posterior.x0, float(t)
         judge = self.rows.task.judge
+        weights: Mapping[str, float] = judge.scorer.weights
         clean = time == 0 or not (self.blind or (self.aware is not None and not self.aware.residual))
         total = self.rows.score(x0, row) if clean else x0.new_zeros(len(x0))
         scores: Mapping[str, Tensor] = (self.rows.last(x0) or {}) if clean else {}
@@ -226,7 +160,9 @@ class Verifier(Value):
             return total
         if self.aware is not None:
             prompts = [judge.prompts[p] for p in self.rows.prompt[row].tolist()]
-            told = {name: self.aware(name, x0, time, prompts) for name in judge.scorer.weights}
+            words, looked = word_ids(prompts), x if self.aware.sees == "state" else x0
+            weights = self.aware.parts(weights)
+            told = {name: self.aware(name, looked, time, words) for name in weights}
             scores = {name: scores.get(name, 0.0) + v for name, v in told.items()}
-        counted = {k: within_rows(v, row) if self.ranks else v for k, v in scores.items()}
-        return torch.stack([w * counted[k] for k, w in judge.scorer.weights.items()]).sum(0)
+        counted = {k: within_rows(scores[k], row) if self.ranks else scores[k] for k in weights}
+        return torch.stack([w * counted[k] for k, w in weights.items()]).sum(0)

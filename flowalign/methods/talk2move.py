@@ -1,7 +1,8 @@
 """Talk2Move: choose the exit step by reward variance, train up to it, jump to the end (2601.02356).
 
 Before training, for each candidate K: sample K stochastic steps, take one step to the data, and measure the variance of
-the rewards within groups; the K with the largest has the most to learn from. Training then runs K stochastic steps and
+the rewards within groups; the K with the largest has the most to learn from. The candidates share one chain, left at
+each K, so that they cost the evaluations of the longest alone. Training then runs K stochastic steps and
 the jump: K + 1 network calls in place of all of them. Groups may hold textual variations of one instruction
 (``Prompt.variants``).
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flowalign.credit import Group, Normalise
+from flowalign.experience import Experience
 from flowalign.kernels import EulerMaruyama, Windowed
 from flowalign.laws import FlowGrpo
 from flowalign.methods.base import Preset, Training
@@ -33,7 +35,7 @@ class Exit(Learner):
     Args:
         times: of the sampler.
         candidates: exit steps to try.
-        rounds: rollouts per candidate.
+        rounds: rollouts to measure on.
     """
 
     def __init__(self, times: Tensor, candidates: tuple[int, ...], rounds: int = 1) -> None:
@@ -56,19 +58,32 @@ class Exit(Learner):
         return int((self.times - t).abs().argmin()) < self.step
 
     def before(self, collector: Any, source: Any, options: Any) -> None:
-        """Measure the reward variance of each candidate and keep the best."""
+        """Measure the reward variance of each candidate on one shared chain, and keep the best."""
         from flowalign.collect import collect
 
-        for k in self.candidates:
-            self.step = k
-            spread = []
-            for i in range(self.rounds):
-                e = collect(collector, source.draw(i, options.groups, options.size), -1 - i)
-                group = e.group[e.trajectory.leaves.row]
-                total = e.total.detach().cpu()
-                spread += [float(total[group == g].var(correction=0)) for g in group.unique()]
-            self.variances[k] = sum(spread) / len(spread)
+        self.step = max(self.candidates)  # the candidates' chains are the beginnings of the longest one's
+        spread: dict[int, list[float]] = {k: [] for k in self.candidates}
+        keeping = replace(collector, recipe=replace(collector.recipe, keep=True))
+        for i in range(self.rounds):
+            e = collect(keeping, source.draw(i, options.groups, options.size), -1 - i)
+            for k in self.candidates:
+                total, row = self._leave(e, k)
+                group = e.group[row]
+                spread[k] += [float(total[group == g].var(correction=0)) for g in group.unique()]
+        self.variances = {k: sum(v) / len(v) for k, v in spread.items()}
         self.step = max(self.variances, key=lambda k: self.variances[k])
+
+    def _leave(self, e: Experience, k: int) -> tuple[Tensor, Tensor]:
+        """Return rewards and rows ``(N,)`` of the chain left after k steps: the network was asked there already."""
+        leaves = e.trajectory.leaves
+        if k == self.step:
+            return e.total.detach().cpu(), leaves.row
+        nodes = e.trajectory.at(k)
+        assert nodes.posterior is not None
+        t, end = float(e.trajectory.times[k]), float(e.trajectory.times[-1])
+        with torch.no_grad(), e.policy.ledger.phase("reward"):
+            ends = EulerMaruyama()(nodes.x, nodes.posterior, t, end)[0].mean
+            return e.judge(ends, nodes.row).detach().cpu(), nodes.row
 
     def state_dict(self) -> dict[str, Any]:
         """Return the choice."""
@@ -87,7 +102,7 @@ class Talk2Move(Training):
     Attributes:
         noise: level a of the Flow-GRPO law.
         exits: candidate exit steps.
-        rounds: rollouts per candidate.
+        rounds: rollouts on which the candidates are measured.
         clip: range of the per-dimension ratio.
         kl: weight of the penalty towards the base model.
     """
@@ -125,7 +140,8 @@ class Talk2Move(Training):
                 cls(),
                 replace(fit, iterations=1000, size=12, batch=1, accumulate=0, lr=1e-4),
                 Lora(rank=64, alpha=128),
-                note="Qwen-Image-Edit on 16 H200 after a supervised cold start. Not run here.",
+                note="Qwen-Image-Edit on 16 H200 after a supervised cold start, whose rank 64 and learning rate 1e-4 "
+                "are taken here: those of the policy gradient are not known. Not run here.",
             ),
             "demo": Preset(cls(clip=1e-3), fit, None, guidance=False, note="shapes-edit: all weights."),
         }

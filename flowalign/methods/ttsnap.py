@@ -2,10 +2,10 @@
 
     at steps S_1 < S_2 < ... keep the part α_i of a prompt's candidates whose posterior means promise most
 
-What promises is a noise-aware reward (:mod:`flowalign.methods.noise_aware`), trained before (``aware``), or in this
-search on ``train`` candidates that are rolled out to the end (they are candidates like others, and paid for); else the
-clean reward of the posterior mean (the paper's TTSp). The honest cost per candidate, with x for a network evaluation, y
-for a verification and K steps (:func:`cost`):
+What promises is a noise-aware reward (:mod:`flowalign.methods.noise_aware`), trained before (``aware``; the values of
+noisy states that Euphonium and Flow-NRG train are read too), or in this search on ``train`` candidates that are rolled
+out to the end (they are candidates like others, and paid for); else the clean reward of the posterior mean (the paper's
+TTSp). The honest cost per candidate, with x for a network evaluation, y for a verification and K steps (:func:`cost`):
 
     x (S_1 + 1) + α_1 x (S_2 - S_1) + α_1 α_2 x (S_3 - S_2) + ... + α_1 ... α_m x (K - 1 - S_m) + y (1 + α_1 + ...)
 
@@ -25,12 +25,13 @@ import torch
 
 from flowalign.kernels import EulerMaruyama, Kernel
 from flowalign.methods.base import Candidates, Preset, Steering, Task
-from flowalign.methods.noise_aware import Distil, NoiseAware, Seen, Verifier, distil
+from flowalign.methods.noise_aware import Distil, Seen, Verifier, distil
 from flowalign.methods.particles import Rows, finish, noisy_kernel, roll, rows_of
 from flowalign.noise import mix
 from flowalign.options import FitOptions
 from flowalign.potentials import Difference
 from flowalign.selection import Top
+from flowalign.value_file import LatentValues
 
 __all__ = ["TTSnap", "cost", "omega"]
 
@@ -93,7 +94,8 @@ class TTSnap(Steering):
         levels: steps after which to prune, counted from 0.
         keep: part kept at each, in (0, 1].
         rounds: of n candidates each.
-        aware: file of a noise-aware reward; "" for none.
+        aware: file of trained values: this method's, Flow-NRG's (option save) or Euphonium's (in a run's result,
+            value/values.safetensors); "" for none.
         train: candidates per wanted result rolled out to the end first, to train a noise-aware reward on; 0 for none.
         save: where to write what was trained; "" for nowhere.
         combine: several rewards by their weighted sum, or by the sum of their ranks.
@@ -132,7 +134,7 @@ class TTSnap(Steering):
         """Yield the candidates trained on, then the survivors of each round.
 
         Raises:
-            ValueError: for pruning after more steps than there are.
+            ValueError: for pruning after more steps than there are, or trained values of other rewards.
         """
         last = len(task.times) - 2
         if self.levels and self.levels[-1] >= last + 1:
@@ -140,7 +142,7 @@ class TTSnap(Steering):
                 f"pruning after step {self.levels[-1]} is past the sampler's last step {last}. Lower levels, or raise "
                 "the number of steps."
             )
-        aware = NoiseAware.load(Path(self.aware)) if self.aware else None
+        aware = self._read(task) if self.aware else None
         if self.train:
             rows = rows_of(task, per_sample=False, seed=mix(task.seed, 0, 29))
             found, seen = self._whole(rows)
@@ -153,6 +155,12 @@ class TTSnap(Steering):
         for i in range(self.rounds):
             yield self._pruned(rows_of(task, per_sample=False, seed=mix(task.seed, i)), aware)
 
+    def _read(self, task: Task) -> LatentValues:
+        """Return the trained values; what they lack is found before any sampling."""
+        found = LatentValues.load(Path(self.aware))
+        found.parts(task.judge.scorer.weights)
+        return found
+
     def schedule(self, count: int, least: int) -> dict[int, int]:
         """Return how many of ``count`` candidates of a prompt are left after each level; never fewer than wanted."""
         out = {}
@@ -161,7 +169,7 @@ class TTSnap(Steering):
             out[level] = count
         return out
 
-    def _pruned(self, rows: Rows, aware: NoiseAware | None) -> Candidates:
+    def _pruned(self, rows: Rows, aware: LatentValues | None) -> Candidates:
         wanted = int(rows.task.draw.samples.max())
         keep = self.schedule(self.n * wanted, wanted)
         with torch.no_grad():

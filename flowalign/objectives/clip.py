@@ -11,7 +11,8 @@ What the papers call the ratio ρ is not always the ratio of densities, and the 
                                                                          every step; the loss is divided by (t - s)
 
 KL scales, named because β was published with each: ``exact`` (the Gaussians' own, per dimension), ``flow_grpo`` (that
-code divides by g² and not g² Δt), ``velocity`` (mean squared difference of the velocities).
+code divides by the square of what it calls the noise: g² and not g² Δt for the SDE, but the step's own variance for
+CPS, whose noise is no rate), ``velocity`` (mean squared difference of the velocities).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flowalign.gaussian import Gaussian, sum_dims
-from flowalign.kernels import Kernel
+from flowalign.kernels import EulerMaruyama, Kernel, Windowed
 from flowalign.objectives.base import Losses, Objective, Wants, summary
 from flowalign.policy import Policy
 from flowalign.process import Posterior
@@ -80,10 +81,11 @@ class Clip(Objective):
         ratio = log_ratio.exp()
         assert batch.weight is not None
         # one column per credit (outcome, process): their clipped losses are added, not their advantages
-        loss = self.surrogate(ratio, batch.weight.to(ratio).reshape(len(batch), -1)).sum(1)
+        advantage = batch.weight.to(ratio).reshape(len(batch), -1)
+        loss = self.surrogate(ratio, advantage).sum(1)
         if self.ratio == "guard":
             loss = loss / (batch.t - batch.s).to(loss)
-        terms, metrics = {"policy": loss.mean()}, self._metrics(ratio)
+        terms, metrics = {"policy": loss.mean()}, self._metrics(ratio, advantage)
         if self.supervised and batch.target is not None:
             pull = sum_dims((posterior.x0 - batch.target.to(posterior.x0)) ** 2) / batch.x[0].numel()
             # a sample that is already good needs the teacher less: the weight falls from 1 to 0 with its advantage
@@ -108,9 +110,14 @@ class Clip(Objective):
         gain = advantage * ratio[:, None]
         if self.epsilon is None:
             return -gain
-        widen = 1 + self.reach * advantage.abs().clamp_max(1.0)
-        low, high = self.epsilon[0] * widen, self.epsilon[1] * widen
-        return -torch.minimum(gain, advantage * torch.minimum(torch.maximum(ratio[:, None], 1 - low), 1 + high))
+        low, high = self._range(advantage)
+        return -torch.minimum(gain, advantage * torch.minimum(torch.maximum(ratio[:, None], low), high))
+
+    def _range(self, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest ratio that are let through, ``(M, C)`` each."""
+        assert self.epsilon is not None
+        widen = 1 + self.reach * advantage.detach().abs().clamp_max(1.0)
+        return 1 - self.epsilon[0] * widen, 1 + self.epsilon[1] * widen
 
     def log_ratio(self, law: Gaussian, batch: Transitions) -> Tensor:
         """Return the logarithm of what this method calls the ratio, ``(M,)``."""
@@ -135,12 +142,14 @@ class Clip(Objective):
             return sum_dims((posterior.velocity - ref.velocity) ** 2) / dims
         other, _ = self.kernel(batch.x, ref, batch.t, batch.s, batch.carry)
         kl = law.kl(other) / dims
-        return kl * (batch.t - batch.s).to(kl) if self.kl_scale == "flow_grpo" else kl
+        rate = self.kernel.inside if isinstance(self.kernel, Windowed) else self.kernel
+        by_time = self.kl_scale == "flow_grpo" and isinstance(rate, EulerMaruyama)
+        return kl * (batch.t - batch.s).to(kl) if by_time else kl
 
-    def _metrics(self, ratio: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, ratio: Tensor, advantage: Tensor) -> dict[str, Tensor]:
         r = ratio.detach()
         out = {"ratio": r.mean(), "ratio_gap": (r - 1).abs().max()}
         if self.epsilon is not None:
-            low, high = self.epsilon
-            out["clipped"] = ((r < 1 - low) | (r > 1 + high)).float().mean()
+            low, high = self._range(advantage)
+            out["clipped"] = ((r[:, None] < low) | (r[:, None] > high)).float().mean()
         return out

@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 METHODS = (
-    "flow-grpo", "dance-grpo", "mix-grpo", "dense-grpo", "tp-grpo", "g2rpo", "tree-grpo", "euphonium", "b2-diffurl",
-    "diffusion-nft",
+    "flow-grpo", "dance-grpo", "mix-grpo", "grpo-guard", "dense-grpo", "tp-grpo", "g2rpo", "tree-grpo", "euphonium",
+    "talk2move", "ddpo", "b2-diffurl", "rlcm", "diffusion-nft",
 )  # fmt: skip
 
 

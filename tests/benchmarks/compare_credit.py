@@ -95,7 +95,9 @@ ROWS: dict[str, Settings] = {
     "g2rpo": {"name": "g2rpo"},
     "branch-grpo": {"name": "tree-grpo"},
     "branch-grpo-pruned": {"name": "tree-grpo", "prune_width": "extremes", "keep": 4},
-    "dynamic-treerpo": {"name": "tree-grpo", "window": (0, 4), "growth": 1.0, "reach": 1.0, "supervised": 0.1},
+    "tree-grpo": {"name": "tree-grpo", "window": (0, 4), "backup": "edges"},
+    "dynamic-treerpo": {"name": "tree-grpo", "window": (0, 4), "slide": 10, "growth": 1.0, "reach": 1.0,
+                        "supervised": 0.1},
     "euphonium": {"name": "euphonium"},
     "b2-diffurl": {"name": "b2-diffurl"},
     "ddpo": {"name": "ddpo"},
@@ -125,6 +127,7 @@ WORLDS = {
             "grpo-guard": {"clip": 1e-3}, "dense-grpo": {"clip": 1e-2, "rounds": 3},
             "branch-grpo": {"splits": (0, 1, 2, 3), "clip": 1e-2},
             "branch-grpo-pruned": {"splits": (0, 1, 2, 3), "clip": 1e-2},
+            "tree-grpo": {"splits": (0, 1, 2, 3), "clip": 1e-2},
             "dynamic-treerpo": {"splits": (0, 1, 2, 3), "clip": 1e-2},
             "euphonium": {"clip": 1e-2, "width": 16, "scale": 0.02}, "b2-diffurl": {"clip": 1e-2, "stages": 20},
             "talk2move": {"exits": (2, 3, 4), "clip": 1e-2},
@@ -164,8 +167,8 @@ WORLDS = {
 
 STEPS_AN_ITERATION = {
     "flow-grpo": 2, "permuted": 2, "tp-grpo": 3, "flow-sde": 4, "dense-grpo": 4, "dance-grpo": 2, "euphonium": 2,
-    "branch-grpo": 2, "dynamic-treerpo": 2, "branch-grpo-pruned": 2, "ddpo": 4, "b2-diffurl": 3, "mix-grpo": 2,
-    "flow-grpo-fast": 2, "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
+    "branch-grpo": 2, "branch-grpo-pruned": 2, "tree-grpo": 2, "dynamic-treerpo": 2, "ddpo": 4, "b2-diffurl": 3,
+    "mix-grpo": 2, "flow-grpo-fast": 2, "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
 }  # fmt: skip
 """Optimiser steps of a row's iteration on ``shapes-short``: trained transitions over the batch of 192, rounded up."""
 

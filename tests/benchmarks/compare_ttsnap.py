@@ -21,7 +21,7 @@ from flowalign.ledger import Ledger
 from flowalign.loading import load
 from flowalign.methods.base import Task
 from flowalign.methods.best_of_n import BestOfN
-from flowalign.methods.noise_aware import Distil, NoiseAware, Seen, Verifier
+from flowalign.methods.noise_aware import Distil, Seen, Verifier
 from flowalign.methods.particles import finish, roll, rows_of
 from flowalign.methods.ttsnap import TTSnap, cost
 from flowalign.pipelines.worlds import prompts as world_prompts
@@ -31,6 +31,8 @@ from flowalign.rewards.shapes import ShapesJudge
 from flowalign.scorer import Scorer
 from flowalign.source import Prompt, make_draw
 from flowalign.steer import steer
+from flowalign.value_file import LatentValues
+from flowalign.valuenet import word_ids
 
 STEPS, LEVELS, KEEP, N, NAME = 10, (3, 6), (0.5, 0.5), 4, "shapes-graded"
 
@@ -94,8 +96,8 @@ def main() -> None:
         for s in seen:
             says = {"clean": s.scores[NAME]}
             for name, file in students.items():
-                aware = NoiseAware.load(file)
-                says[name] = aware(NAME, s.x0, s.t, names) + (s.scores[NAME] if aware.residual else 0.0)
+                aware = LatentValues.load(file)
+                says[name] = aware(NAME, s.x0, s.t, word_ids(names)) + (s.scores[NAME] if aware.residual else 0.0)
             print(
                 f"t = {s.t:.2f}",
                 {n: round(correlation(v.reshape(-1, 24), truth), 3) for n, v in says.items()},

@@ -103,7 +103,7 @@ def one(args: argparse.Namespace) -> None:
         frozen=job.frozen,
     )
     other = Policy(job.judged, policy.roles, Ledger(), None, job.frozen)
-    run = Run(job, None, recipe, policy, parameters, other, "current" if config.ema is None else "ema", {})
+    run = Run(job, None, recipe, policy, parameters, other, "current" if config.ema is None else "ema")
     exam = job.check
     assert exam is not None
     if args.categories:
