@@ -44,9 +44,7 @@ def quality(runs: Sequence[Shown], main: str) -> str:
     names = list(dict.fromkeys(c for r in runs for k in r.checks for c in k.get(score[r.label], {})))
     for name in sorted(names, key=lambda c: c != main):
         panels[f"accuracy: {name}"] = [_check(r, score[r.label], name, "after", several) for r in runs]
-    kept = (
-        f"layouts kept: {main} (few images)"  # 50 a category: the table has the figure
-    )
+    kept = f"layouts kept: {main} (few images)"  # 50 a category: the table has the figure
     panels[kept] = [_check(r, score[r.label], main, "layouts_kept", several) for r in runs]
     panels["drift from the base"] = [
         Series(
