@@ -33,7 +33,13 @@ Those trained on seven prompts of the focus to one other. With three to one (600
     flow-grpo lr=3.5e-4, kl=.02         15 iterations  count  -2.0+-1.1 (99 %); 30 iterations  +4.3+-1.1 (99 %)
     the same, samples of six steps      15 iterations  count +10.2+-1.7 (100 %); 30  +9.3 (99 %); 50 +10.5+-1.6 (102 %)
 
-What the run that is hacked should be (400 images a category): without a penalty diffusion-nft does not collapse here,
+Longer runs (diffusion-nft, kl=.3, three to one; count on 50 select prompts of the run's own checks, drift):
+
+    8 groups, lr=6e-4, ema .9           seed 2: drift .07 at 50 iterations, .14 at 75, count -2; seeds 0, 1 +22, +26
+    8 groups, lr=4e-4, ema .97          seed 2: drift .06 at 75 iterations, .32 at 125, .39 at 175, count +24 then +14
+    12 groups, lr=3e-4, ema .97         seeds 0, 1, 2: drift .10 to .11 at 125 iterations, count +26, +28, +26
+
+What the run that is let go should be (400 images a category): without a penalty diffusion-nft does not collapse here,
 
     diffusion-nft kl=0, seven to one    47 iterations, 240 s  count +23.3+-2.6 (90 %)  relation  +4.0+-1.6
     the same on shapes-clip             23 iterations, 153 s  count +14.7+-2.7 (95 %)  relation  -2.7+-1.7
@@ -41,6 +47,9 @@ What the run that is hacked should be (400 images a category): without a penalty
     the same at lr=3e-4                 24 iterations, 47 s  count -17.5+-3.4 (82 %), 48, 93 s  -17.0+-3.6 (58 %)
     at 3e-4 with prompts three to one   24 iterations, 45 s  count +10 (50 images; 103 %): varied prompts hold it
     at 4e-4, seven to one, seeds 0, 1   28 iterations, 50 s  count -51.2+-2.9 (71 %); +18.8+-2.7 (46 %)
+    at 3e-4, seven to one, seed 0       100 s, 200 report images: count -13.5+-5.0 (84 %), relation -5.0+-3.2 (75 %)
+    none of these raises its own reward: last steps alone, 1e-4 do by +.013+-.004 (60 iterations), and nothing is lost
+    diffusion-nft, three prompts, 6 updates, 8e-4  10 iterations, 110 s  count +11.5, relation -9.5, single -5.0 (99 %)
 """
 
 from __future__ import annotations
