@@ -344,7 +344,8 @@ def _two_processes(path: str) -> None:
 
     def stop() -> bool:
         asked.append(1)
-        return not accelerator.is_main_process and len(asked) == 2  # one of the two has had enough
+        # asked before the first iteration and after each; one of the two has had enough after the second
+        return not accelerator.is_main_process and len(asked) == 3
 
     torch.set_num_threads(1)
     toy, recipe = Toy(), Recipe(SDE, Clip(SDE, 1e-2), credit=Group(Normalise(scale="batch")))
