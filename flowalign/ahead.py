@@ -20,10 +20,12 @@ def check_place(path: Path) -> None:
         ValueError: for a file in the way, or a folder without the right to write.
     """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir() and there == path.absolute():
+        raise ValueError(f"{path} is a file, and a run needs a folder: choose another one with --output.")
     if not there.is_dir():
         raise ValueError(f"{path} cannot be made: {there} is no folder. Choose another one with --output.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written: {there} allows it not. Choose another one with --output.")
+        raise ValueError(f"{path} cannot be written: {there} is not writable. Choose another one with --output.")
 
 
 def check_names(trackers: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowalign.ahead import check_place, check_trackers
 from flowalign.methods import names, resolve
 
 if TYPE_CHECKING:
@@ -95,10 +94,7 @@ def train_config(args: list[str]) -> tuple[RunConfig, bool, bool]:
         base = replace(base, lora=None)
     elif lora or any(a.startswith("--lora.") for a in args):
         base = replace(base, lora=base.lora or Lora())
-    config = parse(RunConfig, args, base, f"flowalign train {base.method.name}")
-    check_place(config.folder)
-    check_trackers(config.trackers)
-    return config, resume, quiet
+    return parse(RunConfig, args, base, f"flowalign train {base.method.name}"), resume, quiet
 
 
 def _base(args: list[str], name: str | None, file: str | None, preset: str | None, resume: bool) -> RunConfig:

@@ -19,11 +19,11 @@ from flowalign.config import RunConfig
 from flowalign.evaluate import Exam, Layouts
 from flowalign.facts import WORLDS, Facts, resolve_world, world_prompts
 from flowalign.learner import Learner, learners_of
+from flowalign.named import function
 from flowalign.noise import mix
 from flowalign.opening import (
     check_pipeline,
     check_rewards,
-    function,
     open_pipeline,
     open_reward,
     open_rewards,

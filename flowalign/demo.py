@@ -97,7 +97,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
         raise ValueError(
             f"{options.output} is not empty: choose another folder with --output or delete it; nothing was overwritten."
         )
-    check(options, ["flow-grpo", "diffusion-nft", _hack(options)[1]])
+    check(options, ["flow-grpo", "diffusion-nft", _unregularised(options)[1]])
     options = replace(options, precision=options.precision or quicker())
     options.output.mkdir(parents=True, exist_ok=True)
     judged, more = _base(options, progress)
@@ -106,8 +106,8 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     seconds = max(left, 5.0)
     runs = [Child.start(m, m, options, seconds, *more, *_settings(m, options)) for m in ("flow-grpo", "diffusion-nft")]
     wait(runs, progress)
-    labels = ["Flow-GRPO", "DiffusionNFT", _hack(options)[0]]
-    folders = [*(r.folder for r in runs), Folder(options.output / "hacked")]
+    labels = ["Flow-GRPO", "DiffusionNFT", _unregularised(options)[0]]
+    folders = [*(r.folder for r in runs), Folder(options.output / "unregularised")]
     if options.control:
         how = [*more, *_settings("diffusion-nft", options), "--permute"]
         control = Child.start("control", "diffusion-nft", options, seconds, *how)
@@ -123,14 +123,14 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     return found
 
 
-def _hack(options: DemoOptions) -> list[str]:
+def _unregularised(options: DemoOptions) -> list[str]:
     """Return label, method and options of the run that shows what goes wrong.
 
     Somebody's own reward may have no gradient: there it is DiffusionNFT without its penalty.
     """
     if options.options:
-        return ["DiffusionNFT, no penalty", "diffusion-nft", "--preset", "hacked"]
-    return ["DRaFT on shapes-clip, no penalty", "draft", "--preset", "hacked", "--reward", "shapes-clip",
+        return ["DiffusionNFT, no penalty", "diffusion-nft", "--preset", "unregularised"]
+    return ["DRaFT on shapes-clip, no penalty", "draft", "--preset", "unregularised", "--reward", "shapes-clip",
             "--prompts", "shapes:focus7"]  # fmt: skip
 
 
@@ -138,13 +138,13 @@ def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     """Judge the base once, beside the run that is let go; return the seconds it took and options that reuse it."""
     share = min(options.total / 7, 70.0)  # longer, it breaks in most seeds
     exam = _exam(25 if options.full else 8, options.images)
-    _, method, *how = _hack(options)
-    hacked = Child.start("hacked", method, options, share, *how, *_exam(8, max(2, options.images // 5)))
+    _, method, *how = _unregularised(options)
+    unregularised = Child.start("unregularised", method, options, share, *how, *_exam(8, max(2, options.images // 5)))
     base = Folder(options.output / "base")
     command = [sys.executable, "-m", "flowalign", "evaluate", "--base", "--output", str(base.path), *exam]
     command += ["--precision", options.precision, *of_base(options.words)]
     judge = Child("base", base, start(command, options.output / "base.log"), 0.0)
-    wait([hacked, judge], progress)
+    wait([unregularised, judge], progress)
     seconds = float(base.summary()["seconds"]["evaluate_before"])
     return seconds, [*exam, "--evaluation.base", str(base.path / "before.pt")]
 

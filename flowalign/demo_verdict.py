@@ -74,7 +74,7 @@ def table(labels: Sequence[str], found: dict[str, Any]) -> str:
 
 
 def report(output: Path, folders: Sequence[Folder], labels: Sequence[str]) -> Path:
-    """Write one report of all runs, the two methods first, then the one that is hacked, then the control."""
+    """Write one report of all runs, the two methods first, then the one without a penalty, then the control."""
     from flowalign.report import write_report
 
     notes = ["", "", free(folders[2]), "Must not gain."]

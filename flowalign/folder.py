@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from flowalign.ahead import check_place
 from flowalign.config import RunConfig, compose, flatten, to_dict
 
 __all__ = ["BUDGETS", "Folder"]
@@ -75,6 +76,7 @@ class Folder:
             ValueError: if a new run would overwrite an old one, or a resumed one differs in more than its budget.
         """
         folder = cls(config.folder)
+        check_place(folder.path)
         if folder.exists and not resume:
             raise ValueError(
                 f"{folder.path} holds a run already. Continue it with --resume, or choose another folder with "
@@ -82,8 +84,6 @@ class Folder:
             )
         if folder.exists:
             folder._same(config)
-        elif folder.path.exists() and not folder.path.is_dir():
-            raise ValueError(f"{folder.path} is a file, and a run needs a folder: choose another one with --output.")
         elif folder.path.is_dir() and any(folder.path.iterdir()):
             raise ValueError(
                 f"{folder.path} is not empty and holds no run of flowalign: choose another folder with --output."

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +10,11 @@ from typing import Any, cast
 import torch
 
 from flowalign.facts import WORLDS
+from flowalign.named import function
 from flowalign.protocols import Pipeline, Reward
 
 __all__ = [
-    "check_pipeline", "check_rewards", "function", "open_pipeline", "open_reward", "open_rewards", "pick_device",
+    "check_pipeline", "check_rewards", "open_pipeline", "open_reward", "open_rewards", "pick_device",
     "plain_source", "reward_weights",
 ]  # fmt: skip
 
@@ -165,17 +163,6 @@ def _location(name: str) -> str:
         f"no pipeline is called {name!r}. {hint} Otherwise give a folder written by save_pretrained, a hub id "
         "(owner/name), or module:function of your own."
     )
-
-
-def function(path: str) -> Any:
-    """Return ``module:attribute``; the working directory counts as on the path, as it does for ``python -m``."""
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be imported: {error}.") from error
 
 
 def plain_source(name: str, pipeline: Pipeline) -> str | None:

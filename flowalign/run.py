@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from flowalign import checkpoint
+from flowalign.ahead import check_trackers
 from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
 from flowalign.config import RunConfig
@@ -124,6 +125,7 @@ def start(config: RunConfig, resume: bool = False) -> Run:
             "accelerate.Accelerator of your own for several."
         )
     Folder.check(config, resume)
+    check_trackers(config.trackers)
     given = config.evaluation.base
     if given is not None and not given.is_file():
         raise ValueError(f"evaluation.base: there is no file {given}; it is the before.pt of another run's folder.")
@@ -195,12 +197,13 @@ def _learn(run: Run, say: Bars) -> bool:
     checker = Checker(run)
     at = _catch_up(run, state, checker)
     with trackers(run) as log, patience() as interrupted:
-        began = time.perf_counter() - run.folder.spent().get("clock", 0.0)
+        began = last = time.perf_counter()
+        earlier = run.folder.spent().get("clock", 0.0)  # in processes that were stopped
         first = iter([at])  # asked before any iteration, when a check of this very moment does not end the run yet
 
         def asked() -> bool:
             marked = checker.ends(next(first, math.inf))
-            late = config.max_wall is not None and time.perf_counter() - began >= config.max_wall
+            late = config.max_wall is not None and earlier + time.perf_counter() - began >= config.max_wall
             return late or marked or interrupted()
 
         stream = fit(
@@ -212,7 +215,9 @@ def _learn(run: Run, say: Bars) -> bool:
                 run.folder.append("metrics.jsonl", metrics)
                 log(metrics)
                 checker(int(metrics["iteration"]))
-                run.folder.spend(clock=time.perf_counter() - began - run.folder.spent().get("clock", 0.0))
+                now = time.perf_counter()
+                run.folder.spend(clock=now - last)
+                last = now
                 tick(1, {"reward": metrics.get("reward", float("nan"))})
         return interrupted()
 

@@ -10,7 +10,7 @@ import pytest
 
 from flowalign.arguments import train_config
 from flowalign.build import build
-from flowalign.config import RunConfig, default
+from flowalign.config import Evaluation, RunConfig, default
 from flowalign.methods import names, resolve
 from tests.runworld import pipeline
 
@@ -76,3 +76,32 @@ def test_short_options_are_what_they_stand_for() -> None:
     f = config.fit
     assert (f.max_seconds, f.max_evaluations, f.iterations, f.seed) == (9.0, 8, 7, 6) and quiet and not resume
     assert config.evaluation.stop_on_hacking and config.evaluation.seed == default("flow-grpo").evaluation.seed
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"pipeline": "tests.toy:Toy"}, "pipeline"),
+        ({"call": {"guidance_scale": 2.0}}, "call"),
+        ({"precision": "bf16"}, "precision"),
+        ({"reward": "tests.runworld:Bright"}, "rewards"),
+        ({"evaluation": Evaluation(guidance=False)}, "guidance"),
+        ({"evaluation": Evaluation(layouts="tests.runworld:quadrant")}, "layouts"),
+        ({"evaluation": Evaluation(steps=7)}, "steps"),
+        ({"evaluation": Evaluation(images=7)}, "images"),
+        ({"evaluation": Evaluation(seed=7)}, "seed"),
+        ({}, "prompts"),
+    ],
+)
+def test_two_evaluations_are_paired_only_if_all_agrees(change: dict[str, Any], key: str, tmp_path: Path) -> None:
+    """The mark of an evaluation holds what makes a figure, not where the run is written or how it trains."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "q.txt").write_text("a\nc\n")
+    plain = replace(
+        default("diffusion-nft"), pipeline="tests.runworld:pipeline", reward="tests.runworld:Strict",
+        prompts=str(tmp_path / "p.txt"), device="cpu",
+    )  # fmt: skip
+    change = change or {"evaluation": Evaluation(prompts=str(tmp_path / "q.txt"))}
+    before, after = build(plain).mark, build(replace(plain, **change)).mark
+    assert [k for k in before if before[k] != after[k]] == [key]
+    assert build(replace(plain, output=tmp_path, fit=replace(plain.fit, lr=1.0, groups=3))).mark == before

@@ -12,7 +12,8 @@ import pytest
 
 from flowalign import demo
 from flowalign.demo import Child, DemoOptions, run, wait
-from flowalign.demo_verdict import free, verdict
+from flowalign.demo_verdict import free as note_of
+from flowalign.demo_verdict import verdict
 from flowalign.folder import Folder
 
 
@@ -43,10 +44,10 @@ def summary(gain: float, se: float = 0.01, kept: float = 0.9, other: float = 0.0
     ],
 )
 def test_verdict(one: dict, two: dict, full: bool, wanted: list[bool]) -> None:
-    """Each promise is kept or broken by its own figure; the hacked run promises nothing."""
-    found = verdict({"a": one, "b": two, "hacked": summary(0.4, kept=0.05, other=-0.2)}, "count", full)
+    """Each promise is kept or broken by its own figure; the unregularised run promises nothing."""
+    found = verdict({"a": one, "b": two, "unregularised": summary(0.4, kept=0.05, other=-0.2)}, "count", full)
     assert list(found["promises"].values()) == wanted and found["focus"] == "count"
-    assert found["runs"]["hacked"]["layouts_kept"] == 0.05
+    assert found["runs"]["unregularised"]["layouts_kept"] == 0.05
 
 
 def test_existing_folder(tmp_path: Path) -> None:
@@ -72,14 +73,14 @@ def test_a_failed_run_is_not_swallowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "method", "wanted"),
     [
-        ("", "draft", "--preset hacked --reward shapes-clip --prompts shapes:focus7"),
-        ("--reward tests.runworld:Strict", "diffusion-nft", "--preset hacked"),
+        ("", "draft", "--preset unregularised --reward shapes-clip --prompts shapes:focus7"),
+        ("--reward tests.runworld:Strict", "diffusion-nft", "--preset unregularised"),
     ],
 )
-def test_the_base_and_the_hacked_run_are_judged_alike(
+def test_the_base_and_the_unregularised_run_are_judged_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, method: str, wanted: str
 ) -> None:
-    """The same steps for all, whatever a method trains with; the hacked run's reward has a gradient for certain."""
+    """The same steps for all, whatever a method trains with; the reward of the run without a penalty has a gradient."""
     asked: list[str] = []
 
     def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -90,12 +91,15 @@ def test_the_base_and_the_hacked_run_are_judged_alike(
     (tmp_path / "base/summary.json").write_text('{"seconds": {"evaluate_before": 7.0}}')
     with monkeypatch.context() as m:
         m.setattr(demo, "start", start)
-        seconds, more = demo._base(DemoOptions(output=tmp_path, images=50, options=own, precision="fp32"), False)
-    hacked, base = asked
-    assert f"train {method} " in hacked and wanted in hacked and "--evaluation.images 10 " in hacked
+        seconds, more = demo._base(
+            DemoOptions(output=tmp_path, images=50, options=own, precision="fp32", full=bool(own)), False
+        )
+    free, base = asked
+    assert f"train {method} " in free and wanted in free and "--evaluation.images 10 " in free
+    assert f"--max-wall {70 if own else 69} " in free, "a seventh of the time, and no more than it can bear"
     assert "evaluate --base" in base and "--evaluation.images 50 " in base
-    assert all("--evaluation.steps 10" in a for a in (hacked, base, " ".join(more))) and seconds == 7.0
-    assert hacked.endswith(own) and base.endswith(own)
+    assert all("--evaluation.steps 10" in a for a in (free, base, " ".join(more))) and seconds == 7.0
+    assert free.endswith(own) and base.endswith(own)
 
 
 @pytest.mark.parametrize(("full", "wanted"), [(False, []), (True, ["diffusion-nft", "control"])])
@@ -126,14 +130,14 @@ def test_the_note_on_the_run_that_is_let_go_is_its_figures(tmp_path: Path) -> No
     folder = Folder(tmp_path)
     folder.append("checks.jsonl", {"iteration": 8, "trained": {"gain": [-0.021, 0.004]}})
     folder.write("summary.json", json.dumps(summary(-0.4, se=0.05, kept=0.71, other=-0.06) | {"drift": 0.234}))
-    text = free(folder)
+    text = note_of(folder)
     assert "own reward changed by -0.021 ± 0.004" in text and "count by -40.0 ± 5.0 points" in text
     assert "single by -6.0" in text and "layouts of count 71% are left" in text and text.endswith("drift 0.23.")
 
 
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the toy: base, two methods, the hacked run and the control; a table, one report, a verdict."""
+    """On the toy: base, two methods, the unregularised run and the control; a table, one report, a verdict."""
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a", "category": "light"}\n{"prompt": "c dark", "category": "dark"}\n')
     options = (

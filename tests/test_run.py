@@ -146,7 +146,7 @@ def test_the_clock_goes_on_over_a_resume(config: RunConfig) -> None:
     config = replace(config, fit=replace(config.fit, iterations=10**6), max_wall=0.3)
     first = train(config, progress=False)
     again = train(config, resume=True, progress=False)
-    assert again["iterations"] <= first["iterations"] + 1 and again["clock_seconds"] >= 0.3
+    assert again["iterations"] == first["iterations"] and again["clock_seconds"] >= 0.3
     more = train(replace(config, max_wall=0.8), resume=True, progress=False)
     assert more["iterations"] > again["iterations"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,18 +75,14 @@ def resolve(name: str) -> type[Method]:
         ValueError: no such method; the nearest valid names are given.
     """
     from flowalign.methods.base import Method
+    from flowalign.named import function
 
     module, _, attribute = METHODS.get(name, name).partition(":")
     if not attribute:
         kin = RELATIVES.get(name)
         near = nearest(name, METHODS) if kin is None else f"It is settings of {kin}: see flowalign methods {kin}."
         raise ValueError(f"no method is called {name!r}. {near} One of your own is written module:Class.")
-    if name not in METHODS and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the console script's path lacks the folder in which the user's module lies
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"method {name!r} cannot be imported: {error}.") from error
+    found = function(name) if name not in METHODS else getattr(importlib.import_module(module), attribute)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"{name!r} is no method: it must be a subclass of flowalign.methods.base.Method.")
     return found

@@ -91,7 +91,7 @@ class DiffusionNFT(Training):
                 guidance=False,
                 note="SD3.5-M: 10 steps, no guidance, one optimiser step per rollout. Not run here.",
             ),
-            "hacked": Preset(
+            "unregularised": Preset(
                 replace(shared, kl=0.0), fit, None, guidance=False,
                 note="shapes, without the penalty: as much gain at fewer layouts and twice the drift.",
             ),

@@ -131,7 +131,7 @@ class DRaFT(Training):
                 batch=4,
                                                                     accumulate=0, lr=1e-5), None, note="Not run here.",
             ),
-            "hacked": Preset(
+            "unregularised": Preset(
                 cls(mode="full"), FitOptions(iterations=200, groups=16, size=1, steps=10, batch=16, accumulate=0,
                                              lr=3e-4, weight_decay=0.0), None, guidance=False,
                 note="shapes with shapes-clip, in steps too large: fewer layouts, wrong pictures. Not to be followed.",

@@ -18,7 +18,7 @@ guide gives, so the guide gives ``c / std² · ∇V``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -170,11 +170,13 @@ class Euphonium(Training):
             found = probing(posterior.x0, float(t), row)
             return factor(posterior, t) * (unit(found) if self.norm else found)
 
-        window: Callable[[float], bool] = lambda t: late(t, 0.0)  # noqa: E731
+        def window(t: float) -> bool:
+            return late(t, 0.0)
+
         if self.gradient == "network":
             return Along(push, where="proposal", weighted=False, window=window)
         probing = Spsa(self.probes, self.probe)
-        return Judged(judged, "proposal", False, window, probing)
+        return Judged(judged, where="proposal", weighted=False, window=window, probing=probing)
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
