@@ -167,7 +167,7 @@ WORLDS = {
 
 STEPS_AN_ITERATION = {
     "flow-grpo": 2, "permuted": 2, "tp-grpo": 3, "flow-sde": 4, "dense-grpo": 4, "dance-grpo": 2, "euphonium": 2,
-    "branch-grpo": 2, "branch-grpo-pruned": 2, "tree-grpo": 2, "dynamic-treerpo": 2, "ddpo": 4, "b2-diffurl": 3,
+    "branch-grpo": 2, "branch-grpo-pruned": 2, "tree-grpo": 2, "dynamic-treerpo": 2, "ddpo": 4, "b2-diffurl": 1,
     "mix-grpo": 2, "flow-grpo-fast": 2, "grpo-guard": 4, "g2rpo": 1, "talk2move": 2,
 }  # fmt: skip
 """Optimiser steps of a row's iteration on ``shapes-short``: trained transitions over the batch of 192, rounded up."""
