@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--folder", type=Path)
     card.add_argument("--samples", type=int, default=1000, help="per category")
     card.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
-    card.add_argument("--steps", type=int, default=10)
+    card.add_argument("--steps", type=int, nargs="+", default=[10], help="the first: what it is aligned with")
     return parser
 
 
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     card(options.folder or WEIGHTS / options.name, options.guidance, options.samples, options.steps)
 
 
-def card(folder: Path, guidance: Sequence[float], samples: int, steps: int) -> None:
+def card(folder: Path, guidance: Sequence[float], samples: int, steps: Sequence[int]) -> None:
     """Measure the shapes world in ``folder``."""
     from diffusers import DiffusionPipeline
 

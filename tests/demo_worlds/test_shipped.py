@@ -89,7 +89,28 @@ def test_the_card_is_written(tmp_path, pipe):
     def verdict(media, text):
         return torch.ones(len(media)), torch.arange(len(media))
 
-    card = cards.write_card(pipe, tmp_path, verdict, guidance=[1.0], samples=4, steps=1)
-    assert card["report"]["count"]["accuracy"] == 1
+    card = cards.write_card(pipe, tmp_path, verdict, guidance=[1.0], samples=4, steps=[1])
+    assert card["reports"]["1 steps, guidance 1"]["report"]["count"]["accuracy"] == 1
     assert {p.name for p in tmp_path.iterdir()} == {"card.json", "card.md", "samples.png"}
     assert "| single | report | 4 | 1.000" in Path(tmp_path / "card.md").read_text()
+
+
+def test_the_card_reports_the_best_setting_and_the_best_of_the_fewest_steps(tmp_path, pipe, monkeypatch):
+    """Accuracies by setting are planted: 2 steps at guidance 1 is the best, 1 step at guidance 2 the best of one."""
+    planted = {(1, 1.0): 0.2, (1, 2.0): 0.4, (2, 1.0): 0.9, (2, 2.0): 0.1}
+
+    def generate(pipe, text, *, steps, guidance, seed):
+        return torch.full((len(text), 3, 32, 32), planted[steps, guidance])
+
+    def verdict(media, text):
+        return (torch.arange(len(media)) < media.mean((1, 2, 3)) * len(media) - 0.01).float(), torch.arange(len(media))
+
+    monkeypatch.setattr(cards, "generate", generate)
+    card = cards.write_card(pipe, tmp_path, verdict, guidance=[1.0, 2.0], samples=40, steps=[1, 2])
+    assert card["best"] == {"steps": 2, "guidance": 1.0}
+    assert {k: v["report"]["count"]["accuracy"] for k, v in card["reports"].items()} == {
+        "1 steps, guidance 2": pytest.approx(0.4), "2 steps, guidance 1": pytest.approx(0.9)
+    }  # fmt: skip
+    assert [card["reports"][k]["withheld"]["mixed"]["n"] for k in card["reports"]] == [10, 10]
+    scanned = {k: row["mixed"] for k, row in card["scan_on_select"].items() if k != "samples"}
+    assert scanned == {f"{n} steps, guidance {w:g}": pytest.approx(a) for (n, w), a in planted.items()}
