@@ -25,7 +25,8 @@ from flowalign.ahead import check_trackers
 from flowalign.build import Job, build
 from flowalign.collect import Collector, collect
 from flowalign.config import RunConfig
-from flowalign.fit import check_gradients, check_settings, fit
+from flowalign.fit import fit
+from flowalign.fit_checks import check_gradients, check_settings
 from flowalign.folder import Folder
 from flowalign.ledger import Ledger
 from flowalign.methods.base import Training

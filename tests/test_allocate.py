@@ -13,7 +13,8 @@ from flowalign import checkpoint
 from flowalign.allocate import Adaptive, Allocation, make_source, shares
 from flowalign.build import build
 from flowalign.config import compose, default
-from flowalign.fit import check_processes, fit
+from flowalign.fit import fit
+from flowalign.fit_checks import check_processes
 from flowalign.methods.flow_grpo import FlowGRPO
 from flowalign.methods.tree_grpo import TreeGRPO
 from flowalign.options import FitOptions

@@ -9,7 +9,7 @@ import pytest
 from toy import Toy
 
 from flowalign.config import compose
-from flowalign.fit import check_settings
+from flowalign.fit_checks import check_settings
 from flowalign.methods.base import Training
 
 LEVELS: list[tuple[str, dict[str, Any]]] = [

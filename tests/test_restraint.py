@@ -13,7 +13,8 @@ from flowalign import checkpoint
 from flowalign.blame import blame, finite_gradient
 from flowalign.collect import collect, grow
 from flowalign.config import compose, to_dict
-from flowalign.fit import check_gradients, fit
+from flowalign.fit import fit
+from flowalign.fit_checks import check_gradients
 from flowalign.kernels import EulerMaruyama
 from flowalign.methods import resolve
 from flowalign.methods.adjoint_matching import AdjointMatching

@@ -9,7 +9,7 @@ import torch
 
 from flowalign.batches import paths
 from flowalign.collect import Collector, collect
-from flowalign.fit import check_settings
+from flowalign.fit_checks import check_settings
 from flowalign.kernels import Ancestral
 from flowalign.laws import Consistency
 from flowalign.methods.rlcm import RLCM, Rebel, partners
