@@ -147,15 +147,23 @@ def live_groups(steps: Transitions, e: Experience) -> Transitions:
 
 
 def with_best(steps: Transitions, e: Experience) -> Transitions:
-    """Attach to each step the best leaf of its group as a supervised target (LayerTuning-RL)."""
-    leaves = e.trajectory.leaves
+    """Let the best leaf of each group teach the steps that led to it (LayerTuning-RL).
+
+    Not the others: where they are, the end that the network should expect is not that of another branch. Taught to
+    every step of its group, the best leaf turns what x̂0 says into a mean of pictures.
+    """
+    leaves, lineage, child = e.trajectory.leaves, e.trajectory.lineage(), _child(steps)
     group, total = e.group[leaves.row], e.total.detach().cpu()
     best = torch.zeros(int(group.max()) + 1, dtype=torch.long)
     for g in group.unique().tolist():
         members = (group == g).nonzero().flatten()
         best[g] = members[total[members].argmax()]
-    target = pick(leaves.x.detach(), best[e.group[steps.row]])
-    return Transitions(**{**vars(steps), "target": target})
+    teacher = best[e.group[steps.row]]
+    taught = torch.zeros(len(steps), dtype=torch.bool)
+    for level in steps.level.unique().tolist():
+        here = steps.level == level
+        taught[here] = lineage[level + 1][teacher[here]] == child[here]
+    return Transitions(**{**vars(steps), "target": pick(leaves.x.detach(), teacher), "taught": taught})
 
 
 def _child(steps: Transitions) -> Tensor:

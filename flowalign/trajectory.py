@@ -36,6 +36,7 @@ class Transitions:
         carry: the kernel's memory before the step.
         child: index of the node stepped to, at its level, ``(M,)``.
         target: clean states ``(M, *)`` that a supervised term pulls to, where a method has one.
+        taught: which steps it pulls, ``(M,)`` booleans; all where None.
         parent: index of the node stepped from, at its level, ``(M,)``; None where nobody knows.
     """
 
@@ -51,6 +52,7 @@ class Transitions:
     carry: Any = None
     child: Tensor | None = None
     target: Tensor | None = None
+    taught: Tensor | None = None
     parent: Tensor | None = None
 
     def __len__(self) -> int:

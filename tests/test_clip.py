@@ -184,6 +184,10 @@ def test_the_teacher_is_needed_less_by_the_good() -> None:
     x0 = WORLD.posterior(batch.x, batch.t).x0
     want = 0.3 * (torch.sigmoid(-batch.weight) * ((x0 - 0.9) ** 2).mean(1)).mean()
     assert torch.allclose(terms["supervised"], want)
+    led = torch.arange(len(batch)) % 3 == 0
+    part = Clip(SDE, 1e-2, supervised=0.3)(Policy(WORLD), replace(batch, taught=led)).terms["supervised"]
+    each = torch.sigmoid(-batch.weight) * ((x0 - 0.9) ** 2).mean(1)
+    assert torch.allclose(part, 0.3 * each[led].sum() / len(batch)), "steps that led elsewhere are not taught"
     assert "supervised" not in Clip(SDE, 1e-2)(Policy(WORLD), batch).terms
 
 

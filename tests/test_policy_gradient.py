@@ -378,6 +378,24 @@ def test_extremes_and_live_groups_and_targets() -> None:
     assert torch.equal(best.target[best.row == 1][0], tree.leaves.x[6:][e.total[6:].argmax()])
 
 
+def test_the_best_leaf_teaches_its_own_ancestors_alone() -> None:
+    """On a tree: of each group and level exactly the node on the way to the best leaf, found by walking up from it."""
+    tree = rollout(Policy(WORLD), SDE, TIMES, Nodes.enter(torch.randn(2, 1, dtype=F64)), noise=Noise(0),
+                   select=Branch({0: 2, 3: 3}))  # fmt: skip
+    e = world_experience(tree, torch.tensor([0, 1]), torch.randn(12, dtype=F64))
+    taught = with_best(tree.transitions([None, *(torch.ones(len(n)) for n in tree.levels[1:])]), e)
+    leaves, groups = tree.leaves, e.group[tree.leaves.row]
+    for g in groups.unique().tolist():
+        mine = (groups == g).nonzero().flatten()
+        node, want = int(mine[e.total[mine].argmax()]), set()
+        for level in range(len(tree.levels) - 1, tree.first, -1):
+            want.add((level - 1, node))
+            node = int(tree.at(level).parent[node])
+        here = taught.taught & (e.group[taught.row] == g)
+        assert {(k, c) for k, c in zip(taught.level[here].tolist(), taught.child[here].tolist(), strict=True)} == want
+    assert 0 < taught.taught.float().mean() < 0.5 and len(leaves) > len(groups.unique())
+
+
 def test_windows_move_as_told() -> None:
     slide = Sliding(TIMES, 3, stride=2, period=2, stop=7)
     seen = []

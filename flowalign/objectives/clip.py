@@ -46,7 +46,7 @@ class Clip(Objective):
         kl_scale: see the module.
         reach: widens the clip range with the advantage, ``ε (1 + reach · min(|A|, 1))`` (Dynamic-TreeRPO's
             reward-conditioned range; the paper's constants are not public).
-        supervised: weight of ``‖x̂0 - target‖²`` where the batch carries targets (LayerTuning-RL).
+        supervised: weight of ``‖x̂0 - target‖²`` of the steps that the batch has a target for (LayerTuning-RL).
     """
 
     wants: ClassVar[Wants] = "transitions"
@@ -90,7 +90,8 @@ class Clip(Objective):
             pull = sum_dims((posterior.x0 - batch.target.to(posterior.x0)) ** 2) / batch.x[0].numel()
             # a sample that is already good needs the teacher less: the weight falls from 1 to 0 with its advantage
             need = torch.sigmoid(-batch.weight.to(pull).reshape(len(batch), -1).mean(1))
-            terms["supervised"] = self.supervised * (need * pull).mean()
+            taught = torch.ones_like(pull) if batch.taught is None else batch.taught.to(pull)
+            terms["supervised"] = self.supervised * (taught * need * pull).mean()
         if self.kl:
             kl = self._kl(policy, posterior, law, batch, cond)
             terms["kl"] = self.kl * kl.mean()

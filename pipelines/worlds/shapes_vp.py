@@ -51,7 +51,7 @@ def build(prediction: Prediction) -> StableDiffusionPipeline:
         return pipe
     tokenizer = word_tokenizer([str(c) for c in scenes.captions()], shapes.TOKENS)
     unet = UNet2DConditionModel(
-        sample_size=scenes.SIZE // 2, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96),
+        sample_size=scenes.SIZE // 2, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=TEXT, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip

@@ -97,7 +97,7 @@ ROWS: dict[str, Settings] = {
     "branch-grpo-pruned": {"name": "tree-grpo", "prune_width": "extremes", "keep": 4},
     "tree-grpo": {"name": "tree-grpo", "window": (0, 4), "backup": "edges"},
     "dynamic-treerpo": {"name": "tree-grpo", "window": (0, 4), "slide": 10, "growth": 1.0, "reach": 1.0,
-                        "supervised": 0.1},
+                        "supervised": 0.01},
     "euphonium": {"name": "euphonium"},
     "b2-diffurl": {"name": "b2-diffurl"},
     "ddpo": {"name": "ddpo"},

@@ -111,6 +111,9 @@ PAIRS = (
     ("branch-grpo", "dance-grpo", "BranchGRPO over DanceGRPO"),
     ("euphonium", "dance-grpo", "Euphonium over DanceGRPO"),
     ("b2-diffurl", "ddpo", "B²-DiffuRL over DDPO"),
+    ("grpo-guard", "flow-sde", "GRPO-Guard over Flow-GRPO (the same SDE)"),
+    ("mix-grpo", "dance-grpo", "MixGRPO over DanceGRPO"),
+    ("tree-grpo", "dance-grpo", "TreeGRPO over DanceGRPO"),
 )
 
 
