@@ -22,10 +22,11 @@ Options add the relatives' parts:
 What is pruned has been sampled and judged, and costs no network evaluation and gives no gradient in the update. The
 code of BranchGRPO draws the noise of a split 4 times as large as the density it is scored with. That is left out: such
 a ratio is of no law that was sampled, and the states leave the marginals that the network knows. ``split_noise`` raises
-the level of the law itself at the splits, drift and density with it. The teacher's λ was chosen on the training rewards
-of 34 iterations of one seed of shapes: at .1 it outweighs the policy gradient, and the pictures dissolve. The window of Branch-Mix moves with the sampling
+the level of the law itself at the splits, drift and density with it. The window of Branch-Mix moves with the sampling
 step and not with the iteration: the published interval of 30 leaves it at the first four steps. The exact constants of
-Dynamic-TreeRPO's eqs. 6, 11 and 13 and the place of TreeGRPO's window are not public; the forms here are ours.
+Dynamic-TreeRPO's eqs. 6, 11 and 13 and the place of TreeGRPO's window are not public; the forms here are ours. λ was
+chosen on the training rewards of 34 iterations of one seed of shapes: at .1 it outweighs the policy gradient, and the
+pictures dissolve.
 """
 
 from __future__ import annotations
