@@ -6,8 +6,9 @@
 
 A scene has two or three objects of different colours, so the name is unambiguous. The amounts are fixed: a model that
 had seen them spread (moves of 5 to 11 pixels, turns of 20 to 40 degrees, 1.3 to 1.6) left the named object half melted
-between them, .10 strict; it is where this one starts. Eight pixels are two of the transformer's tokens. Some
-compositions (operation × colour × shape) are withheld from the model, others only from alignment: :func:`compositions`.
+between them, .10 strict; it is where this one starts. Eight pixels are two of the transformer's tokens. Turns are the
+hardest, from any angle to any: 1 in 100 was right until a stage of their own. Some compositions (operation × colour ×
+shape) are withheld from the model, others only from alignment: :func:`compositions`.
 
 The model is a ``FluxControlPipeline`` of stock parts (:mod:`~flowalign.pipelines.worlds.parts`): the source picture is
 its ``control_image``. The pipeline has no classifier-free guidance; it is called with ``height=32, width=32,
@@ -118,16 +119,23 @@ def apply(scene: Scene, edit: Tensor, generator: torch.Generator, amounts: tuple
 
 
 def scenes(
-    generator: torch.Generator, n: int, split: Split, amounts: tuple[Range, Range, Range] = FIXED
+    generator: torch.Generator, n: int, split: Split, amounts: tuple[Range, Range, Range] = FIXED, turns: float = 0.0
 ) -> tuple[Scene, Scene, Tensor]:
     """Return ``n`` scenes before and after, and the edits ``(n,)``; each has room for its edit.
+
+    All compositions are equally likely but for ``turns``, the share of the scenes that is kept for turning.
 
     Every row draws its composition first and then :data:`TRIES` layouts, of which it keeps the first that has room, so
     that no edit is rarer for needing more of it; the few rows without luck (2 %) repeat another row.
     """
     device = generator.device
     table = torch.tensor(compositions(split), device=device)
-    which = table[torch.randint(len(table), (n,), generator=generator, device=device)].repeat_interleave(TRIES, 0)
+    row = torch.randint(len(table), (n,), generator=generator, device=device)
+    if turns:
+        turning = torch.isin(table[:, 0], torch.tensor([4, 5], device=device)).nonzero()[:, 0]
+        other = turning[torch.randint(len(turning), (n,), generator=generator, device=device)]
+        row = torch.where(torch.rand(n, generator=generator, device=device) < turns, other, row)
+    which = table[row].repeat_interleave(TRIES, 0)
     third = (torch.rand(n, generator=generator, device=device) < 0.5).repeat_interleave(TRIES)
     scene = draw_scene(generator, n * TRIES, 3, RADIUS)
     # the named object's colour trades places with whichever object had it
@@ -144,15 +152,17 @@ def scenes(
 
 
 def draw(
-    generator: torch.Generator, n: int, split: Split = "base", amounts: tuple[Range, Range, Range] = FIXED
-) -> EditBatch:
-    """Draw ``n`` edits of a split with their pictures, on the generator's device."""
-    before, after, edit = scenes(generator, n, split, amounts)
+    generator: torch.Generator, n: int, split: Split = "base", amounts: tuple[Range, Range, Range] = FIXED,
+    turns: float = 0.0,
+) -> EditBatch:  # fmt: skip
+    """Draw ``n`` edits of a split with their pictures, on the generator's device (``turns``: see :func:`scenes`)."""
+    before, after, edit = scenes(generator, n, split, amounts, turns)
     names = torch.stack([edit, before.colour[:, 0], before.shape[:, 0]], 1).tolist()
     return EditBatch(render(before), render(after), [instruction(*x) for x in names], edit, before, after)
 
 
 BATCH, POOL = 16, 8_000
+TURNS = 0.5  # of the last stage's scenes, besides the turns that fall to all
 
 
 def build() -> Any:
@@ -175,14 +185,14 @@ def set_scale(pipe: Any, g: torch.Generator) -> None:
 
 @lru_cache(maxsize=1)
 def pool(
-    pipe: Any, device: torch.device, amounts: tuple[Range, Range, Range], size: int = POOL
+    pipe: Any, device: torch.device, amounts: tuple[Range, Range, Range], size: int = POOL, turns: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents of ``size`` targets and sources, and token ids: encoding costs half as much as learning."""
-    g = torch.Generator(device).manual_seed(17)
+    g = torch.Generator(device).manual_seed(18 if turns else 17)
     x0, c, ids = [], [], []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for _ in range(size // 500):
-            d = draw(g, 500, amounts=amounts)
+            d = draw(g, 500, amounts=amounts, turns=turns)
             x0.append(latents(pipe.vae, d.target).float())
             c.append(latents(pipe.vae, d.source).float())
             ids.append(token_ids(pipe.tokenizer, d.prompts, device))
@@ -206,6 +216,13 @@ def fixed_loss(pipe: Any, g: torch.Generator) -> Tensor:
     return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, (1.0, 4.0))
 
 
+def turn_loss(pipe: Any, g: torch.Generator) -> Tensor:
+    """Go on with more turns, from any angle to any: .01 of them were right when .94 of the moves were."""
+    x0, c, ids = pool(pipe, g.device, FIXED, 3 * POOL, TURNS)
+    rows = torch.randint(len(x0), (BATCH,), generator=g, device=g.device)
+    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, (1.0, 4.0))
+
+
 def denoisers(pipe: Any) -> list[nn.Module]:
     """Return what flow matching trains."""
     return [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
@@ -219,6 +236,7 @@ WORLD = World(
         Stage("autoencoder", lambda pipe: [pipe.vae], picture_loss, 1200, lr=3e-3, after=set_scale, decay=0.995),
         Stage("flow", denoisers, edit_loss, 5000, lr=1.2e-3),
         Stage("fixed", denoisers, fixed_loss, 5000, lr=1.2e-3),
+        Stage("turns", denoisers, turn_loss, 6000, lr=1e-3),
     ),
 )
 

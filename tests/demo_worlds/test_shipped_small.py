@@ -11,10 +11,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from flowalign.pipelines.worlds import path, scenes, superres, tones
+from flowalign.pipelines.worlds import edit, path, scenes, superres, tones
 from flowalign.pipelines.worlds.splits import prompts
 from flowalign.rewards.audio_signal import SISDR
 from flowalign.rewards.shapes import verdicts
+from flowalign.rewards.shapes_edit import ShapesEdit
 
 torch.set_num_threads(1)
 
@@ -35,6 +36,13 @@ CALLS = {
     "shapes-sr": (
         {
             "prompt": "a red circle left of a green square", "height": 32, "width": 32, "max_sequence_length": 10,
+            "output_type": "pt", "tensors": {"control_image": [1, 3, 32, 32]},
+        },
+        [1, 3, 32, 32],
+    ),
+    "shapes-edit": (
+        {
+            "prompt": "move the red circle left", "height": 32, "width": 32, "max_sequence_length": 8,
             "output_type": "pt", "tensors": {"control_image": [1, 3, 32, 32]},
         },
         [1, 3, 32, 32],
@@ -85,3 +93,12 @@ def test_tones_come_out_of_the_noise():
     audio = tones.sample(load("tones"), batch)
     before, after = (SISDR()(x, batch.prompts, batch.meta()) for x in (batch.noisy, audio))
     assert float((after - before).mean()) >= 6.5  # decibels; the card: 8.6
+
+
+def test_edits_do_as_told_and_leave_the_rest():
+    batch = edit.draw(torch.Generator().manual_seed(5), 60, "report", turns=0.3)
+    images = edit.sample(load("shapes-edit"), batch)
+    judge = ShapesEdit("strict")
+    assert judge(images, batch.prompts, batch.meta()).mean() >= 0.6  # card: .99 of moves, .73 of turns, .82 of sizes
+    assert judge(batch.source, batch.prompts, batch.meta()).mean() == 0  # leaving all as it was is no edit
+    assert judge.findings(batch.source, images, batch.prompts).others.float().mean() >= 0.8
