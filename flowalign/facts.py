@@ -46,6 +46,7 @@ class Facts:
 WORLDS: dict[str, Facts] = {
     "shapes": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
     "shapes-vp": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
+    "shapes-vp-v": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
     "shapes-turbo": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=4),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import yaml
 
 from flowalign.config import compose, default, flatten, from_yaml, to_dict
-from flowalign.facts import resolve_world
+from flowalign.facts import WORLDS, resolve_world, world_prompts
 from flowalign.methods import METHODS, names
+from flowalign.pipelines.worlds.scenes import CATEGORIES
+from flowalign.pipelines.worlds.store import WEIGHTS
 from flowalign.prepare import Lora
 from flowalign.prompts import read_prompts
 from flowalign.source import Prompt
@@ -168,3 +171,25 @@ def test_world_prompts() -> None:
     assert not {p.text for p in focus} & {p.text for p in report} - singles
     with pytest.raises(ValueError, match="no prompt set 'trian'; it has focus, report, select, train"):
         read_prompts("shapes:trian", world_prompts)
+
+
+@pytest.mark.parametrize("world", sorted(WORLDS))
+def test_every_captioned_world_brings_its_prompts_and_judge(world: str) -> None:
+    """Whatever is shipped with a caption for a prompt is aligned by naming it alone."""
+    config = resolve_world(replace(default("flow-grpo"), pipeline=world))
+    assert config.prompts == f"{world}:focus"
+    assert config.evaluation.rewards == "shapes"
+    assert config.evaluation.prompts == f"{world}:report"
+    assert config.call["guidance_scale"] == 1.0
+    assert {p.meta["category"] for p in world_prompts(world, "report")} == set(CATEGORIES)
+
+
+def test_no_shipped_captioned_world_is_forgotten() -> None:
+    """A folder whose pipeline takes captions of the grammar alone (edits, videos and audio have data of their own)."""
+    captioned = {"StableDiffusion3Pipeline", "StableDiffusionPipeline"}
+    shipped = {
+        p.parent.name
+        for p in WEIGHTS.glob("*/model_index.json")
+        if json.loads(p.read_text())["_class_name"] in captioned
+    }
+    assert shipped == set(WORLDS)

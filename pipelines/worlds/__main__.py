@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--fresh", action="store_true", help="do not resume")
     make.add_argument("--threads", type=int, default=1)
     clip = commands.add_parser("clip", help="train the small CLIP reward and measure how it agrees with the judge")
-    clip.add_argument("--steps", type=int, default=1500)
+    clip.add_argument("--steps", type=int, default=1500, help="0: keep its weights, measure the agreement anew")
     clip.add_argument("--samples", type=int, default=512, help="pictures of `shapes` per category for the agreement")
     ship = commands.add_parser("ship", help="copy a measured world among the shipped ones, in half precision")
     ship.add_argument("name", choices=WORLDS)
@@ -97,42 +96,54 @@ def card(folder: Path, guidance: Sequence[float], samples: int, steps: Sequence[
 
 
 def clip(steps: int, samples: int) -> None:
-    """Train the CLIP reward on drawn scenes; measure it on pictures of `shapes` for prompts of the report set."""
-    from diffusers import DiffusionPipeline
-
-    from flowalign.pipelines.worlds import cards, path, prompts, scenes, shapes, splits
-    from flowalign.rewards.shapes import verdicts
+    """Train the CLIP reward on drawn scenes, for 0 steps leave it; measure it on pictures of `shapes`."""
     from flowalign.rewards.shapes_clip import WEIGHTS as FOLDER
-    from flowalign.rewards.shapes_clip import ShapesClip, fit_clip, save_clip
+
+    torch.set_num_threads(1)
+    if steps:
+        train_clip(steps)
+    file = FOLDER / "config.json"
+    found = {"pictures_per_category": samples, **agreement(samples)}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "agreement": found}, indent=1) + "\n")
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+def train_clip(steps: int) -> None:
+    """Train the CLIP reward on drawn scenes and write it."""
+    from flowalign.pipelines.worlds import shapes, splits
+    from flowalign.rewards.shapes_clip import WEIGHTS as FOLDER
+    from flowalign.rewards.shapes_clip import fit_clip, save_clip
 
     def batches(g: torch.Generator) -> tuple[Tensor, list[str]]:
         images, index = shapes.draw(None, g, 64, shapes.HARDER)
         return images, [str(splits.base()[int(i)]) for i in index]
 
-    torch.set_num_threads(1)
     start, model, loss = time.perf_counter(), torch.nn.Module(), 0.0
     for step, loss, net in fit_clip(batches, steps):
         model = net
         sys.stderr.write(f"\rclip {step}/{steps} loss {loss:.3f}")
-    record: dict[str, Any] = {
-        "steps": steps,
-        "batch": 64,
-        "seconds": round(time.perf_counter() - start, 1),
-        "loss": loss,
-    }
-    save_clip(model, FOLDER, record)
-    judge, pipe = ShapesClip(), DiffusionPipeline.from_pretrained(path("shapes"))
-    agreement = {}
+    seconds = round(time.perf_counter() - start, 1)
+    save_clip(model, FOLDER, {"steps": steps, "batch": 64, "seconds": seconds, "loss": loss})
+
+
+def agreement(samples: int) -> dict[str, dict[str, float]]:
+    """Return how the CLIP reward agrees with the judge on ``samples`` pictures of each category, report prompts."""
+    from diffusers import DiffusionPipeline
+
+    from flowalign.pipelines.worlds import cards, path, prompts, scenes
+    from flowalign.rewards.shapes import verdicts
+    from flowalign.rewards.shapes_clip import ShapesClip
+
+    judge, pipe, found = ShapesClip(), DiffusionPipeline.from_pretrained(path("shapes")), {}
     for k in scenes.CATEGORIES:
         text = cards.repeated(prompts("report", k), samples)
         images = cards.generate(pipe, text, seed=5)
         seen, scores = verdicts(images, text), judge(images, text)
-        agreement[k] = {
+        found[k] = {
             "auc_of_strict": round(area_under_curve(scores, seen["strict"].bool()), 3),
             "correlation_with_graded": round(float(torch.corrcoef(torch.stack([scores, seen["graded"]]))[0, 1]), 3),
         }
-    save_clip(model, FOLDER, {**record, "agreement": {"pictures_per_category": samples, **agreement}})
-    sys.stdout.write(json.dumps(agreement, indent=1) + "\n")
+    return found
 
 
 def area_under_curve(scores: Tensor, good: Tensor) -> float:

@@ -10,12 +10,13 @@ that the velocity u which `shapes` has there names both ends of it,
     x̂0 = x_τ - τ u,   ε̂ = x_τ + (1 - τ) u
 
 and the student learns ε̂ instead of the noise that was drawn: nearly the same mean, far less spread. Squared errors of
-x0 are weighted by the signal-to-noise ratio within [.1, 5] (Hang et al. 2303.09556, who do without the floor).
+x0 are weighted by the signal-to-noise ratio within [.1, 5] (Hang et al. 2303.09556, who do without the floor). The
+noisiest tenth of the times comes first, with two of the four words of relations, as in `shapes` and for its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -89,9 +90,14 @@ def ends(velocity: Velocity, x: Tensor, kept: Tensor, shift: float) -> tuple[Ten
     return flow - tau_ * u + shift, flow + (1 - tau_) * u
 
 
-def loss(pipe: Any, g: torch.Generator, prediction: Prediction) -> Tensor:
-    """Return the weighted squared error of one batch."""
-    images, index = shapes.draw(pipe, g, shapes.BATCH, shapes.SETTLE)
+def loss(
+    pipe: Any, g: torch.Generator, prediction: Prediction, mix: Sequence[float] = shapes.SETTLE, earliest: int = 0,
+    simple: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return the weighted squared error of one batch, at times from ``earliest`` on; the rest as in `shapes`."""
+    index = shapes.choose(g, shapes.BATCH, mix)
+    index = shapes.first_wording(g.device)[index] if simple else index
+    images = scenes.draw(shapes.table(g.device)(index, g))
     known, master = shapes.ids(pipe.tokenizer, g.device), store.frozen("shapes", g.device)
     empty = torch.rand(len(images), generator=g, device=g.device) < shapes.DROPOUT
     tokens = known[torch.where(empty, len(known) - 1, index)]
@@ -99,7 +105,7 @@ def loss(pipe: Any, g: torch.Generator, prediction: Prediction) -> Tensor:
     with torch.no_grad():
         x0 = pipe.vae.encode(2 * images - 1).latent_dist.mean.float() * scale
         noise = torch.randn(x0.shape, generator=g, device=g.device)
-        t = torch.randint(1000, (len(images),), generator=g, device=g.device)
+        t = torch.randint(earliest, 1000, (len(images),), generator=g, device=g.device)
         kept = pipe.scheduler.alphas_cumprod.to(g.device)[t]
         a, s = kept.sqrt()[:, None, None, None], (1 - kept).sqrt()[:, None, None, None]
         x = a * x0 + s * noise
@@ -114,16 +120,25 @@ def loss(pipe: Any, g: torch.Generator, prediction: Prediction) -> Tensor:
     return (snr.clamp(0.1, 5) / per_x0 * (out - target).square().mean((1, 2, 3))).mean()
 
 
-def _world(name: str, prediction: Prediction, steps: int, lr: float) -> World:
+def _world(name: str, prediction: Prediction, *parts: tuple[str, int, float, dict[str, Any]]) -> World:
+    """Return a world with a stage for each (name, steps, rate, what :func:`loss` is told)."""
     return World(
         name=name,
         summary=f"the shapes by VP diffusion, {prediction} (StableDiffusionPipeline, DDIM)",
         build=partial(build, prediction),
-        stages=(
-            Stage("diffusion", lambda p: [p.unet, p.text_encoder], partial(loss, prediction=prediction), steps, lr=lr),
+        stages=tuple(
+            Stage(part, lambda p: [p.unet, p.text_encoder], partial(loss, prediction=prediction, **told), steps, lr=lr)
+            for part, steps, lr, told in parts
         ),
     )
 
 
-EPSILON = _world("shapes-vp", "epsilon", 4000, 1e-3)
-VELOCITY = _world("shapes-vp-v", "v_prediction", 1500, 5e-4)
+WORDINGS = {"mix": shapes.WORDING, "earliest": 900}
+EPSILON = _world(
+    "shapes-vp",
+    "epsilon",
+    ("first", 1000, 1e-3, {**WORDINGS, "simple": True}),
+    ("means", 1000, 1e-3, WORDINGS),
+    ("diffusion", 4000, 1e-3, {}),
+)
+VELOCITY = _world("shapes-vp-v", "v_prediction", ("diffusion", 1500, 5e-4, {}))

@@ -167,8 +167,8 @@ def video(pipe, samples: int, steps: int, guidance: float) -> tuple[dict, Tensor
             batch = world.draw(torch.Generator().manual_seed(3 + i), n, names=table[torch.arange(n) % len(table)])
             start = time.process_time()
             media = torch.cat([
-                world.sample(pipe, batch.prompts[j : j + 125], steps=steps, guidance=guidance, seed=j)
-                for j in range(0, n, 125)
+                world.sample(pipe, batch.prompts[j:k], batch.video[j:k, 0], steps=steps, guidance=guidance, seed=j)
+                for j, k in ((j, j + 125) for j in range(0, n, 125))
             ])  # fmt: skip
             seconds, rows = seconds + time.process_time() - start, rows + n
             seen = judge.findings(media, batch.prompts)

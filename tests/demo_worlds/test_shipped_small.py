@@ -11,11 +11,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from flowalign.pipelines.worlds import edit, path, scenes, superres, tones
+from flowalign.pipelines.worlds import edit, path, scenes, superres, tones, video
 from flowalign.pipelines.worlds.splits import prompts
 from flowalign.rewards.audio_signal import SISDR
 from flowalign.rewards.shapes import verdicts
 from flowalign.rewards.shapes_edit import ShapesEdit
+from flowalign.rewards.shapes_video import ShapesVideo
 
 torch.set_num_threads(1)
 
@@ -46,6 +47,13 @@ CALLS = {
             "output_type": "pt", "tensors": {"control_image": [1, 3, 32, 32]},
         },
         [1, 3, 32, 32],
+    ),
+    "shapes-video": (
+        {
+            "prompt": "a red circle falling", "height": 16, "width": 16, "num_frames": 8, "guidance_scale": 1.0,
+            "max_sequence_length": 8, "output_type": "pt", "tensors": {"image": [1, 3, 16, 16]},
+        },
+        [1, 9, 3, 16, 16],
     ),
     "tones": (
         {
@@ -102,3 +110,13 @@ def test_edits_do_as_told_and_leave_the_rest():
     assert judge(images, batch.prompts, batch.meta()).mean() >= 0.6  # card: .99 of moves, .73 of turns, .82 of sizes
     assert judge(batch.source, batch.prompts, batch.meta()).mean() == 0  # leaving all as it was is no edit
     assert judge.findings(batch.source, images, batch.prompts).others.float().mean() >= 0.8
+
+
+def test_videos_move_as_told():
+    batch = video.draw(torch.Generator().manual_seed(5), 60, "report")
+    media = video.sample(load("shapes-video"), batch.prompts, batch.video[:, 0])
+    still = batch.video[:, :1].expand_as(batch.video)
+    judge = ShapesVideo("strict")
+    assert judge(media, batch.prompts, batch.meta()).mean() >= 0.2
+    assert judge(still, batch.prompts, batch.meta()).mean() == 0
+    assert (media[:, 0] - batch.video[:, 0]).abs().mean() <= 0.03  # the first frame is the given one

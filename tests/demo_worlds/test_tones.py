@@ -121,7 +121,7 @@ def test_the_worlds_load_in_plain_diffusers(tmp_path, pipe):
         },
         "shapes-video": {
             "prompt": "a red circle falling", "height": 16, "width": 16, "num_frames": 8, "guidance_scale": 1.0,
-            "max_sequence_length": 8, "output_type": "pt",
+            "max_sequence_length": 8, "output_type": "pt", "tensors": {"image": [1, 3, 16, 16]},
         },
         "shapes-edit": {
             "prompt": "move the red circle left", "height": 32, "width": 32, "max_sequence_length": 8,
@@ -135,7 +135,7 @@ def test_the_worlds_load_in_plain_diffusers(tmp_path, pipe):
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1]) == {
         "tones": ["StableAudio3InpaintPipeline", [1, 1, 2048]],
-        "shapes-video": ["WanPipeline", [1, 9, 3, 16, 16]],
+        "shapes-video": ["WanImageToVideoPipeline", [1, 9, 3, 16, 16]],
         "shapes-edit": ["FluxControlPipeline", [1, 3, 32, 32]],
     }
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.py"))

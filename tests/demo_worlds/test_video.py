@@ -2,11 +2,16 @@ import math
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
+from flowalign.loading import load
+from flowalign.methods.best_of_n import BestOfN
 from flowalign.pipelines.worlds import video
 from flowalign.rewards.dynamics_training import accuracy, still
 from flowalign.rewards.idm import WEIGHTS, ActionAgreement, InverseDynamics
 from flowalign.rewards.shapes_video import CATEGORIES, ShapesVideo, parse
+from flowalign.source import Prompt
+from flowalign.steer import steer
 
 torch.set_num_threads(1)
 
@@ -35,6 +40,12 @@ def test_drawing_is_seeded_and_stays_in_the_picture(drawn):
     assert drawn.track.max() < 14
     group = video.GROUP[drawn.motion]
     assert torch.bincount(group, minlength=5).min() > 35  # every category equally often
+
+
+def test_paths_are_drawn_as_often_as_asked():
+    """With weight 4 beside four categories of weight 1 each they are one in two; within four standard errors."""
+    group = video.GROUP[video.draw(generator(2), 400, paths=4.0).motion]
+    assert abs((group == 1).float().mean().item() - 0.5) < 4 * 0.5 / 400**0.5
 
 
 def test_tracks_obey_the_formulas(drawn):
@@ -161,17 +172,88 @@ def test_the_autoencoder_is_exact(drawn, pipe):
     assert float(video.latents(pipe.vae, drawn.video).std()) == pytest.approx(1, abs=0.1)
 
 
-def test_training_sees_what_the_pipeline_computes(drawn, pipe, monkeypatch):
-    seen = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+@pytest.fixture
+def seen(pipe):
+    """What the transformer is given, call by call; it answers at random rather than with the zeros it starts with."""
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight, std=0.02, generator=generator())
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
+    yield calls
+    hook.remove()
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+
+
+def plain(pipe, prompt, image, seed, steps):
+    """One call of the stock pipeline: one prompt, one picture."""
+    noise = torch.randn(2, 12, 9, 8, 8, generator=generator(seed))  # as sample draws it for two
+    return [
+        pipe(
+            prompt=p, image=i, height=16, width=16, num_frames=8, num_inference_steps=steps, guidance_scale=1.0,
+            latents=z[None], max_sequence_length=8, output_type="pt",
+        ).frames
+        for p, i, z in zip(prompt, image, noise, strict=True)
+    ]  # fmt: skip
+
+
+def test_training_sees_what_the_pipeline_computes(drawn, pipe, seen, monkeypatch):
+    """Words and condition (mask, first frame, nothing after it) equal, tensor by tensor, the stock pipeline's."""
     monkeypatch.setattr(video, "BATCH", 300)
     monkeypatch.setattr(video, "DROPOUT", 0.0)
-    monkeypatch.setattr(video, "draw", lambda g, n: drawn)
+    monkeypatch.setattr(video, "draw", lambda g, n, paths: drawn)
     with torch.no_grad():
+        plain(pipe, drawn.prompts[:2], drawn.video[:2, :1], 0, 1)
+        torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
         loss = video.flow_loss(pipe, generator())
-        media = video.sample(pipe, drawn.prompts[:2], steps=1)
-    hook.remove()
-    torch.testing.assert_close(seen[0]["encoder_hidden_states"][:2], seen[1]["encoder_hidden_states"])
-    assert seen[0]["timestep"].max() > 500  # times run to 1000
+        video.noisier_loss(pipe, generator())
+    *theirs, ours, noisier = seen
+    x = torch.cat([k["hidden_states"] for k in theirs])
+    assert x.shape == (2, 25, 9, 8, 8)
+    torch.testing.assert_close(ours["hidden_states"][:2, 12:], x[:, 12:], atol=5e-3, rtol=0)
+    assert x[:, 12, 0].min() == 1 and x[:, 12, 1:].abs().max() == 0
+    torch.testing.assert_close(x[:, 13:, 0], video.latents(pipe.vae, drawn.video[:2])[:, :, 0], atol=5e-3, rtol=0)
+    words = torch.cat([k["encoder_hidden_states"] for k in theirs])
+    torch.testing.assert_close(ours["encoder_hidden_states"][:2], words)
+    assert theirs[0]["timestep"].tolist() == [1000]
+    assert ours["timestep"].max() > 500 and ours["timestep"].max() < 1000  # training's times have the same unit
+    assert noisier["timestep"].median() > ours["timestep"].median() + 100
     assert float(loss) == pytest.approx(2.0, rel=0.05)  # |ε - x0|², both of unit variance: the output starts at zero
+    assert sum(p.numel() for m in (pipe.transformer, pipe.text_encoder) for p in m.parameters()) < 1.4e6  # 2.8 MB
+
+
+def test_a_batch_of_pictures_is_sampled_as_one_by_one(drawn, pipe, seen):
+    media = video.sample(pipe, drawn.prompts[:2], drawn.video[:2, 0], steps=2, seed=7)
+    assert len(seen) == 2
     assert media.shape == (2, 9, 3, 16, 16)
+    torch.testing.assert_close(media, torch.cat(plain(pipe, drawn.prompts[:2], drawn.video[:2, :1], 7, 2)))
+    assert "prepare_latents" not in vars(pipe)  # the pipeline is left as it was
+
+
+def test_a_picture_means_the_same_as_tensor_and_as_file(drawn, pipe, seen):
+    """Unlike the other worlds' pipelines this one scales tensors too: it wants them in [0, 1]."""
+    files = [to_pil_image(v[0]) for v in drawn.video[:2]]
+    plain(pipe, drawn.prompts[:2], files, 0, 1)
+    ours = video.condition(pipe.vae, drawn.video[:2, 0])
+    theirs = torch.cat([k["hidden_states"] for k in seen])[:, 12:]
+    step = 2 / 255 / min(pipe.vae.config.latents_std)  # a file has 256 levels
+    torch.testing.assert_close(theirs, ours, atol=step, rtol=0)
+
+
+def test_a_prompt_with_its_meta_reaches_the_network_as_in_training(drawn, pipe, seen):
+    """Through flowalign's own door: ``load``, and rows of a prompt with the batch's meta."""
+    call = {"height": 16, "width": 16, "num_frames": 8, "guidance_scale": 1.0, "max_sequence_length": 8}
+    generated = load(pipe, call)
+    meta = drawn.meta()[:2]
+    prompts = [Prompt(p, m) for p, m in zip(drawn.prompts[:2], meta, strict=True)]
+    result = steer(generated, BestOfN(n=1), ShapesVideo("graded"), prompts, steps=2)
+    assert generated.verdict.status == "passes", str(generated.verdict)
+    assert result.media.shape == (2, 9, 3, 16, 16)
+    given = torch.cat([k["hidden_states"] for k in seen])[:, 12:]
+    for want in video.condition(pipe.vae, drawn.video[:2, 0]):  # each prompt's own frame was shown
+        assert (given - want).abs().amax((1, 2, 3, 4)).min() < 5e-3
+
+
+def test_meta_tells_actions_of_what_has_some(drawn):
+    assert ["actions" in m for m in drawn.meta()] == (video.GROUP[drawn.motion] < 2).tolist()
+    told = (video.GROUP[drawn.motion] < 2).nonzero()[:, 0]
+    meta = [drawn.meta()[i] for i in told.tolist()]
+    assert ActionAgreement()(drawn.video[told], [drawn.prompts[i] for i in told.tolist()], meta).mean() > 0.99
