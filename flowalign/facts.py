@@ -24,7 +24,7 @@ class Facts:
         held: rewards that the checks of a run watch beside those, where none are asked for; "" for none.
         layouts: ``module:function`` that names arrangements; "" for none.
         train: prompt set to learn from; ``focus`` is the train split with three prompts of the focus to one other,
-            ``focus7`` has seven to one, and so on.
+            ``focus7`` has seven to one, and so on; ``count7`` has seven of counts to one, whatever the focus is.
         focus: category that has room to improve.
         check: set that recipes are chosen on.
         report: set that figures are reported on.
@@ -43,11 +43,18 @@ class Facts:
     steps: int = 0
 
 
+# the steps that each is judged with, and its focus
+_SHAPES = {
+    "shapes": (10, "mixed"),
+    "shapes-vp": (10, "count"),
+    "shapes-vp-v": (10, "count"),
+    "shapes-turbo": (4, "count"),
+}
 WORLDS: dict[str, Facts] = {
-    "shapes": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
-    "shapes-vp": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
-    "shapes-vp-v": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=10),
-    "shapes-turbo": Facts("shapes", "shapes-clip", "flowalign.layouts:shapes", call={"guidance_scale": 1.0}, steps=4),
+    name: Facts(
+        "shapes", "shapes-clip", "flowalign.layouts:shapes", focus=focus, call={"guidance_scale": 1.0}, steps=steps
+    )
+    for name, (steps, focus) in _SHAPES.items()
 }
 
 
@@ -86,23 +93,24 @@ def world_prompts(world: str, name: str) -> list[Prompt]:
     if world not in WORLDS:
         raise KeyError(world)
     from flowalign.pipelines import worlds
+    from flowalign.pipelines.worlds.scenes import CATEGORIES
 
     folder = Path(worlds.__file__).parent / "prompts"
-    if share := re.fullmatch(r"focus([1-9]\d*)?", name):
-        return _focus(read_prompts(str(folder / "train.jsonl")), WORLDS[world].focus, int(share[1] or 3))
+    if found := re.fullmatch(rf"(focus|{'|'.join(CATEGORIES)})([1-9]\d*)?", name):
+        focus = WORLDS[world].focus if found[1] == "focus" else found[1]
+        return _focus(read_prompts(str(folder / "train.jsonl")), focus, int(found[2] or 3))
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        known = ["focus", *sorted(p.stem for p in folder.glob("*.jsonl"))]
+        known = ["focus", *CATEGORIES, *sorted(p.stem for p in folder.glob("*.jsonl"))]
         raise ValueError(f"world {world} has no prompt set {name!r}; it has {', '.join(known)}.")
     return read_prompts(str(path))
 
 
 def _focus(prompts: Sequence[Prompt], focus: str, share: int) -> list[Prompt]:
     """Return prompts of which ``share`` in ``share + 1`` are of one category, the others evenly of the other ones."""
-    mine = [p for p in prompts if p.meta.get("category") == focus]
+    mine = share * [p for p in prompts if p.meta.get("category") == focus]
     kinds = list(dict.fromkeys(p.meta.get("category") for p in prompts if p.meta.get("category") != focus))
     rest = [[p for p in prompts if p.meta.get("category") == k] for k in kinds]
     others = [p for depth in range(max(map(len, rest))) for r in rest for p in r[depth : depth + 1]]
-    times = -(-share * len(others) // len(mine)) if len(others) < len(mine) else share
-    wanted = -(-times * len(mine) // share)
-    return mine * times + others[:wanted]
+    wanted = len(mine) // share
+    return mine + (others * -(-wanted // len(others)))[:wanted]

@@ -155,21 +155,29 @@ def test_world_steps() -> None:
 
 
 def test_world_prompts() -> None:
-    """The demo world's sets are read by name; the focus set has three prompts of one category to one of the others,
-    or as many as its name says."""
+    """The demo world's sets are read by name; a category's set has three prompts of it to one of the others,
+    or as many as its name says, and the focus set is that of the category with most to learn."""
     from flowalign.build import world_prompts
 
     report = read_prompts("shapes:report", world_prompts)
     focus = read_prompts("shapes:focus", world_prompts)
-    share = sum(p.meta["category"] == "count" for p in focus) / len(focus)
-    assert share == pytest.approx(3 / 4, abs=0.01)
-    mixed = read_prompts("shapes:focus7", world_prompts)
-    assert sum(p.meta["category"] == "count" for p in mixed) / len(mixed) == pytest.approx(7 / 8, abs=0.01)
+    for name, category, parts in (
+        ("focus", "mixed", 3),
+        ("focus7", "mixed", 7),
+        ("count", "count", 3),
+        ("relation2", "relation", 2),
+    ):
+        found = [p.meta["category"] for p in read_prompts(f"shapes:{name}", world_prompts)]
+        assert found.count(category) / len(found) == pytest.approx(parts / (parts + 1), abs=0.01)
+    turbo = [p.meta["category"] for p in read_prompts("shapes-turbo:focus", world_prompts)]
+    assert turbo.count("count") > len(turbo) / 2
     with pytest.raises(ValueError, match="no prompt set 'focus0'"):
         read_prompts("shapes:focus0", world_prompts)
     singles = {p.text for p in report if p.meta["category"] == "single"}
     assert not {p.text for p in focus} & {p.text for p in report} - singles
-    with pytest.raises(ValueError, match="no prompt set 'trian'; it has focus, report, select, train"):
+    with pytest.raises(
+        ValueError, match="no prompt set 'trian'; it has focus, single, count, relation, mixed, report, select, train"
+    ):
         read_prompts("shapes:trian", world_prompts)
 
 

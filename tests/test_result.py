@@ -54,8 +54,9 @@ def test_plain_diffusers_reproduces(lora: Lora | None, tmp_path: Path, monkeypat
     )
     base = default("diffusion-nft")
     config = replace(
-        base, lora=lora, prompts=str(tmp_path / "p.jsonl"), output=tmp_path / "run", trackers=(), device="cpu",
-        ema=None, fit=replace(base.fit, iterations=1, groups=1, size=4, steps=4, batch=8, lr=2e-2, warmup=0),
+        base, reward="shapes-clip", lora=lora, prompts=str(tmp_path / "p.jsonl"), output=tmp_path / "run", trackers=(),
+        device="cpu", ema=None,
+        fit=replace(base.fit, iterations=1, groups=1, size=4, steps=4, batch=8, lr=2e-2, warmup=0),
         evaluation=replace(base.evaluation, images=4, steps=4, prompts=str(tmp_path / "p.jsonl")),
     )  # fmt: skip
     summary = train(config, progress=False)

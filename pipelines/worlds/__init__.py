@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["WORLDS", "find", "path", "prompts"]
 
 WORLDS: dict[str, tuple[str, str]] = {  # name -> module of this package, its World
-    "shapes": ("shapes", "WORLD"),
+    "shapes": ("shapes_training", "WORLD"),
     "shapes-vp": ("shapes_vp", "EPSILON"),
     "shapes-vp-v": ("shapes_vp", "VELOCITY"),
     "shapes-turbo": ("shapes_turbo", "WORLD"),

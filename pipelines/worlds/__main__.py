@@ -115,7 +115,7 @@ def train_clip(steps: int) -> None:
     from flowalign.rewards.shapes_clip import fit_clip, save_clip
 
     def batches(g: torch.Generator) -> tuple[Tensor, list[str]]:
-        images, index = shapes.draw(None, g, 64, shapes.HARDER)
+        images, index = shapes.draw(g, 64, shapes.HARDER)
         return images, [str(splits.base()[int(i)]) for i in index]
 
     start, model, loss = time.perf_counter(), torch.nn.Module(), 0.0

@@ -18,6 +18,7 @@ max_sequence_length=8``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -123,7 +124,7 @@ def scenes(
 ) -> tuple[Scene, Scene, Tensor]:
     """Return ``n`` scenes before and after, and the edits ``(n,)``; each has room for its edit.
 
-    All compositions are equally likely but for ``turns``, the share of the scenes that is kept for turning.
+    All compositions are equally likely, but for ``turns``: in that share of the scenes the edit is a turn in any case.
 
     Every row draws its composition first and then :data:`TRIES` layouts, of which it keeps the first that has room, so
     that no edit is rarer for needing more of it; the few rows without luck (2 %) repeat another row.
@@ -199,11 +200,14 @@ def pool(
     return torch.cat(x0), torch.cat(c), torch.cat(ids)
 
 
-def edit_loss(pipe: Any, g: torch.Generator) -> Tensor:
-    """Train the transformer and the text encoders by flow matching, amounts spread."""
-    x0, c, ids = pool(pipe, g.device, SPREAD)
+def edit_loss(
+    pipe: Any, g: torch.Generator, amounts: tuple[Range, Range, Range] = SPREAD, size: int = POOL, turns: float = 0.0,
+    shifts: Sequence[float] = (1.0,),
+) -> Tensor:  # fmt: skip
+    """Train the transformer and the text encoders by flow matching on a :func:`pool`; shifts are those of the times."""
+    x0, c, ids = pool(pipe, g.device, amounts, size, turns)
     rows = torch.randint(len(x0), (BATCH,), generator=g, device=g.device)
-    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g)
+    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, shifts)
 
 
 def fixed_loss(pipe: Any, g: torch.Generator) -> Tensor:
@@ -211,16 +215,12 @@ def fixed_loss(pipe: Any, g: torch.Generator) -> Tensor:
 
     From a true point of the path at time .6 one step gave .93 strict pictures, at .8 .48, from noise .09.
     """
-    x0, c, ids = pool(pipe, g.device, FIXED, 2 * POOL)
-    rows = torch.randint(len(x0), (BATCH,), generator=g, device=g.device)
-    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, (1.0, 4.0))
+    return edit_loss(pipe, g, FIXED, 2 * POOL, shifts=(1.0, 4.0))
 
 
 def turn_loss(pipe: Any, g: torch.Generator) -> Tensor:
     """Go on with more turns, from any angle to any: .01 of them were right when .94 of the moves were."""
-    x0, c, ids = pool(pipe, g.device, FIXED, 3 * POOL, TURNS)
-    rows = torch.randint(len(x0), (BATCH,), generator=g, device=g.device)
-    return flow_loss(pipe, x0[rows], c[rows], ids[rows], g, (1.0, 4.0))
+    return edit_loss(pipe, g, FIXED, 3 * POOL, TURNS, (1.0, 4.0))
 
 
 def denoisers(pipe: Any) -> list[nn.Module]:

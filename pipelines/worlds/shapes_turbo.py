@@ -36,7 +36,7 @@ def build() -> StableDiffusion3Pipeline:
 
 def consistency_loss(pipe: Any, g: torch.Generator) -> Tensor:
     """Return the distance between the student's data points at neighbouring times of one path."""
-    images, index = shapes.draw(pipe, g, shapes.BATCH, shapes.HARDER)
+    images, index = shapes.draw(g, shapes.BATCH, shapes.HARDER)
     known = shapes.ids(pipe.tokenizer, g.device)
     with torch.no_grad():
         x0 = shapes.latents(pipe.vae, images).float()
@@ -62,5 +62,5 @@ WORLD = World(
     name="shapes-turbo",
     summary="`shapes` distilled to one to four steps (consistency, FlowMatchLCMScheduler)",
     build=build,
-    stages=(Stage("distil", lambda pipe: [pipe.transformer], consistency_loss, 1500, lr=3e-4, decay=0.99),),
+    stages=(Stage("distil", lambda pipe: [pipe.transformer], consistency_loss, 2500, lr=3e-4, decay=0.99),),
 )

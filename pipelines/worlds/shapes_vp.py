@@ -95,9 +95,7 @@ def loss(
     simple: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the weighted squared error of one batch, at times from ``earliest`` on; the rest as in `shapes`."""
-    index = shapes.choose(g, shapes.BATCH, mix)
-    index = shapes.first_wording(g.device)[index] if simple else index
-    images = scenes.draw(shapes.table(g.device)(index, g))
+    images, index = shapes.draw(g, shapes.BATCH, mix, simple)
     known, master = shapes.ids(pipe.tokenizer, g.device), store.frozen("shapes", g.device)
     empty = torch.rand(len(images), generator=g, device=g.device) < shapes.DROPOUT
     tokens = known[torch.where(empty, len(known) - 1, index)]

@@ -8,6 +8,7 @@ goes on saying float32, which is what transformers and diffusers load them in.
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +72,8 @@ def save(pipe: Any, folder: Path) -> None:
 def ship(source: Path, name: str, weights: Path = WEIGHTS) -> Path:
     """Copy a measured world among the shipped ones, every weight in half precision; return its folder.
 
+    Where its parts were read from, which diffusers notes down, is a folder of this machine and left out.
+
     Raises:
         ValueError: if ``source`` holds no pipeline, or no card: what has not been measured is not shipped.
     """
@@ -83,4 +86,8 @@ def ship(source: Path, name: str, weights: Path = WEIGHTS) -> Path:
     for file in target.rglob("*.safetensors"):
         halved = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(halved, file, metadata={"format": "pt"})
+    for file in target.rglob("*.json"):
+        known = json.loads(file.read_text())
+        if isinstance(known, dict) and known.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(known, indent=2) + "\n")
     return target

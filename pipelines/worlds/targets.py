@@ -33,9 +33,10 @@ def posterior_mean(x: Tensor, a: Tensor, s: Tensor, candidates: Tensor) -> Tenso
     Returns:
         ``(B, D)``.
     """
-    squared = (x[:, None] - a[:, None, None] * candidates).square().sum(-1)
-    weights = (-squared / (2 * s.square())[:, None]).softmax(-1)
-    return torch.einsum("bm,bmd->bd", weights, candidates)
+    with torch.autocast(x.device.type, enabled=False):  # a velocity divides what bfloat16 rounds off by s
+        squared = (x[:, None] - a[:, None, None] * candidates).square().sum(-1)
+        weights = (-squared / (2 * s.square())[:, None]).softmax(-1)
+        return torch.einsum("bm,bmd->bd", weights, candidates)
 
 
 def first_wordings(known: tuple[Caption, ...]) -> Tensor:

@@ -136,7 +136,7 @@ WORLDS = {
     ),
     "shapes": World(
         {
-            "pipeline": "shapes", "reward": "shapes", "precision": "bf16",
+            "pipeline": "shapes", "reward": "shapes", "precision": "bf16", "prompts": "shapes:count",
             "fit": {"groups": 8, "size": 16, "steps": 10, "batch": 192, "betas": (0.9, 0.99), "weight_decay": 0.0,
                     "warmup": 5},
         },
@@ -145,7 +145,7 @@ WORLDS = {
     ),
     "shapes-short": World(
         {
-            "pipeline": "shapes", "reward": "shapes", "precision": "bf16", "prompts": "shapes:focus7",
+            "pipeline": "shapes", "reward": "shapes", "precision": "bf16", "prompts": "shapes:count7",
             "fit": {"groups": 8, "size": 16, "steps": 6, "batch": 192, "betas": (0.9, 0.99), "weight_decay": 0.0,
                     "warmup": 5},
             "evaluation": {"steps": 6},

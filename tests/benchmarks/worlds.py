@@ -30,10 +30,10 @@ def average(x: Tensor) -> dict[str, float]:
 
 def moves(g: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
     """Moves and paths with their actions."""
-    from flowalign.pipelines.worlds import video
+    from flowalign.pipelines.worlds import motions
 
-    table = torch.tensor([x for x in video.compositions("base") if x[0] < 16])
-    batch = video.draw(g, n, names=table[torch.randint(len(table), (n,), generator=g)])
+    table = torch.tensor([x for x in motions.compositions("base") if x[0] < 16])
+    batch = motions.draw(g, n, names=table[torch.randint(len(table), (n,), generator=g)])
     return batch.video, batch.actions()
 
 
@@ -152,6 +152,7 @@ def superres(pipe, samples: int, steps: int) -> tuple[dict, Tensor]:
 
 def video(pipe, samples: int, steps: int, guidance: float) -> tuple[dict, Tensor]:
     """The physics judge on ``samples`` of each kind of motion, and the actions that inverse dynamics reads."""
+    from flowalign.pipelines.worlds import motions
     from flowalign.pipelines.worlds import video as world
     from flowalign.rewards.idm import ActionAgreement
     from flowalign.rewards.shapes_video import ShapesVideo
@@ -160,11 +161,11 @@ def video(pipe, samples: int, steps: int, guidance: float) -> tuple[dict, Tensor
     out: dict = {"guidance": guidance}
     for split in ("report", "withheld"):
         n = samples if split == "report" else samples // 4
-        every = torch.tensor(world.compositions(split))
+        every = torch.tensor(motions.compositions(split))
         out[split] = {}
-        for i, k in enumerate(world.CATEGORIES):
-            table = every[world.GROUP[every[:, 0]] == i]
-            batch = world.draw(torch.Generator().manual_seed(3 + i), n, names=table[torch.arange(n) % len(table)])
+        for i, k in enumerate(motions.CATEGORIES):
+            table = every[motions.GROUP[every[:, 0]] == i]
+            batch = motions.draw(torch.Generator().manual_seed(3 + i), n, names=table[torch.arange(n) % len(table)])
             start = time.process_time()
             media = torch.cat([
                 world.sample(pipe, batch.prompts[j:k], batch.video[j:k, 0], steps=steps, guidance=guidance, seed=j)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.pipelines.worlds import shapes, shapes_turbo, store
+from flowalign.pipelines.worlds import shapes, shapes_training, shapes_turbo, store
 
 
 class Speaker(nn.Module):
@@ -34,34 +34,46 @@ def pipe():
 
 
 def losses(pipe, seeds=40):
-    return torch.stack([shapes.guided_loss(pipe, torch.Generator().manual_seed(s)) for s in range(seeds)]).detach()
+    return torch.stack(
+        [shapes_training.guided_loss(pipe, torch.Generator().manual_seed(s)) for s in range(seeds)]
+    ).detach()
+
+
+def told(monkeypatch, scale, until):
+    """Fold in one scale up to one time, whatever the caption."""
+    rows = torch.tensor([scale, until]).repeat(len(shapes.splits.base()) + 1, 1)
+    monkeypatch.setattr(shapes_training, "guidance", lambda device: rows)
 
 
 def test_the_aim_is_the_guided_velocity_below_and_the_plain_one_above(pipe, monkeypatch):
     """A student that says the guided number everywhere is wrong only above the interval, and on no empty caption."""
-    shapes.keep_teacher(pipe)
-    monkeypatch.setattr(shapes, "BELOW", 2.0)
-    guided = 1.0 + shapes.GUIDANCE * (3.0 - 1.0)
+    shapes_training.keep_teacher(pipe)
+    guided = 1.0 + 2.5 * (3.0 - 1.0)
     with torch.no_grad():
         pipe.transformer.given.fill_(guided)
+    told(monkeypatch, 2.5, 1.0)
     assert losses(pipe, 3).abs().max() < 1e-9
-    monkeypatch.setattr(shapes, "BELOW", -1.0)
-    share = losses(pipe) / (guided - 3.0) ** 2  # of captions that are not empty
-    assert share.mean().item() == pytest.approx(1 - shapes.DROPOUT, abs=4 * (0.09 / (40 * shapes.BATCH)) ** 0.5)
-    monkeypatch.undo()
     # t' = 2u / (1 + u) > .95 where u > .95 / 1.05
-    above = 1 - shapes.BELOW / (2 - shapes.BELOW)
-    share = losses(pipe) / (guided - 3.0) ** 2
-    assert share.mean().item() == pytest.approx(
-        above * (1 - shapes.DROPOUT), abs=4 * (0.08 / (40 * shapes.BATCH)) ** 0.5
-    )
+    for until, above in ((-1.0, 1.0), (0.95, 1 - 0.95 / 1.05)):
+        told(monkeypatch, 2.5, until)
+        share = losses(pipe) / (guided - 3.0) ** 2  # of captions that are not empty
+        assert share.mean().item() == pytest.approx(
+            above * (1 - shapes.DROPOUT), abs=4 * (0.09 / (40 * shapes.BATCH)) ** 0.5
+        )
+
+
+def test_every_caption_has_the_guidance_of_its_category():
+    rows = shapes_training.guidance(torch.device("cpu"))
+    for c, (scale, until) in zip(shapes.splits.base(), rows.tolist()[:-1], strict=True):
+        assert (scale, until) == pytest.approx(shapes_training.GUIDANCE[c.category])
+    assert rows[-1, 0] == 1  # of the empty caption
 
 
 def test_the_teacher_stays_as_it_was(pipe):
-    shapes.keep_teacher(pipe)
+    shapes_training.keep_teacher(pipe)
     with torch.no_grad():
         pipe.transformer.given.fill_(7.0)
-    assert shapes.TEACHERS[pipe.transformer].given.item() == 3.0
+    assert shapes_training.TEACHERS[pipe.transformer].given.item() == 3.0
 
 
 class Straight(nn.Module):

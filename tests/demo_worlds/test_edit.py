@@ -155,6 +155,14 @@ def test_the_graded_verdict_rises_with_the_edit():
     assert scores[5] == pytest.approx(1.0, abs=0.02)
 
 
+def test_turns_come_in_their_share_and_as_often_as_they_would_besides():
+    counts = edit.scenes(generator(3), 4000, "base", turns=0.3)[2].bincount(minlength=8)
+    plain = edit.scenes(generator(3), 4000, "base")[2].bincount(minlength=8)
+    usual = plain[4:6].sum() / 4000
+    assert float(counts[4:6].sum() / 4000) == pytest.approx(float(0.3 + 0.7 * usual), abs=4 * 0.5 / 4000**0.5)
+    assert 0.1 < usual < 0.3
+
+
 def test_turns_and_areas_are_measured(drawn):
     before, after = blobs.measure(drawn.source), blobs.measure(drawn.target)
     named = drawn.before.colour[:, :1]

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+import flowalign.rewards
 from flowalign.pipelines.worlds import cards, path, prompts
 from flowalign.pipelines.worlds.shapes import encode
 from flowalign.pipelines.worlds.store import WEIGHTS
@@ -40,8 +41,9 @@ def test_plain_diffusers_loads_it(name, tmp_path):
 
 def test_everything_is_small_and_safetensors():
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 25e6
-    assert sum(f.stat().st_size for f in files if "shapes" in f.relative_to(WEIGHTS).parts) < 7e6
+    judges = Path(flowalign.rewards.__path__[0]).rglob("*.safetensors")
+    assert sum(f.stat().st_size for f in (*files, *judges) if f.suffix == ".safetensors") < 25e6
+    assert sum(f.stat().st_size for f in files if "shapes" in f.relative_to(WEIGHTS).parts) < 4e6
     allowed = {".safetensors", ".json", ".md", ".png", ".txt"}
     assert {f.suffix for f in files} <= allowed
     denoiser = load_file(path("shapes") / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -60,30 +62,32 @@ def test_the_pipeline_conditions_as_training_did(pipe):
 def test_the_judge_reads_pictures_through_the_autoencoder(pipe):
     from shapes_pictures import pictures
 
-    images, truth = pictures(192, 7, noise=0, blur=0, gain=0)
+    images, truth = pictures(480, 7, noise=0, blur=0, gain=0)
     with torch.no_grad():
         again = pipe.vae.decode(pipe.vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5
-    assert verdicts(again.clamp(0, 1), list(map(str, truth)))["strict"].mean() >= 0.97  # of 960: .992
+    assert verdicts(again.clamp(0, 1), list(map(str, truth)))["strict"].mean() >= 0.98  # of 960: .992
 
 
 def test_it_draws_what_is_asked_for_and_leaves_room(pipe):
-    text = cards.repeated(prompts("report", "single"), 36) + cards.repeated(prompts("report", "count"), 36)
+    text = [t for k in ("single", "relation", "mixed") for t in cards.repeated(prompts("report", k), 60)]
     images = cards.generate(pipe, text, seed=11)
-    strict = verdicts(images, text)["strict"]
-    assert strict[:36].mean() >= 0.8  # the card: above .9
-    assert 0.3 <= strict[36:].mean() <= 0.95  # room to learn
-    assert len(find_objects(images).row) > 36
+    single, relation, mixed = verdicts(images, text)["strict"].split(60)
+    assert single.mean() >= 0.93  # the card: .99
+    assert relation.mean() >= 0.87  # the card: .96
+    assert 0.4 <= mixed.mean() <= 0.85  # room to learn
+    assert len(find_objects(images).row) > 60
 
 
 @pytest.mark.parametrize(("name", "prediction"), [("shapes-vp", "epsilon"), ("shapes-vp-v", "v_prediction")])
 def test_the_vp_worlds_draw_what_is_asked_for(name, prediction):
-    """The cards: single .98, counts .76; relations are near chance, and nobody may lean on them."""
+    """The cards: single .98, counts .79, relations .92 and more."""
     pipe = DiffusionPipeline.from_pretrained(path(name))
     assert pipe.scheduler.config.prediction_type == prediction
-    text = cards.repeated(prompts("report", "single"), 36) + cards.repeated(prompts("report", "count"), 36)
-    strict = verdicts(cards.generate(pipe, text, seed=11), text)["strict"]
-    assert strict[:36].mean() >= 0.8
-    assert 0.4 <= strict[36:].mean() <= 0.95  # room to learn
+    text = [t for k in ("single", "relation", "mixed") for t in cards.repeated(prompts("report", k), 36)]
+    single, relation, mixed = verdicts(cards.generate(pipe, text, seed=11), text)["strict"].split(36)
+    assert single.mean() >= 0.85
+    assert relation.mean() >= 0.75
+    assert 0.3 <= mixed.mean() <= 0.85  # room to learn
 
 
 def test_measure_counts_layouts_of_correct_pictures_only():

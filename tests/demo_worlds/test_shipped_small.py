@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from flowalign.pipelines.worlds import edit, path, scenes, superres, tones, video
+from flowalign.pipelines.worlds import edit, motions, path, scenes, superres, tones, video
 from flowalign.pipelines.worlds.splits import prompts
 from flowalign.rewards.audio_signal import SISDR
 from flowalign.rewards.shapes import verdicts
@@ -113,10 +113,10 @@ def test_edits_do_as_told_and_leave_the_rest():
 
 
 def test_videos_move_as_told():
-    batch = video.draw(torch.Generator().manual_seed(5), 60, "report")
+    batch = motions.draw(torch.Generator().manual_seed(5), 60, "report")
     media = video.sample(load("shapes-video"), batch.prompts, batch.video[:, 0])
     still = batch.video[:, :1].expand_as(batch.video)
     judge = ShapesVideo("strict")
-    assert judge(media, batch.prompts, batch.meta()).mean() >= 0.2
+    assert judge(media, batch.prompts, batch.meta()).mean() >= 0.5  # card: from .56 (paths) to .94 (falls)
     assert judge(still, batch.prompts, batch.meta()).mean() == 0
     assert (media[:, 0] - batch.video[:, 0]).abs().mean() <= 0.03  # the first frame is the given one

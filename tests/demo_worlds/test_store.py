@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +16,10 @@ def test_a_shipped_world_takes_half_the_room_and_loads_in_single(tmp_path):
         store.ship(tmp_path / "made", "shapes-edit", tmp_path / "weights")
     for name in ("card.json", "training.json"):
         (tmp_path / "made" / name).write_text("{}")
+    config = tmp_path / "made" / "vae" / "config.json"
+    config.write_text(json.dumps({"_name_or_path": "/home/me/vae", **json.loads(config.read_text())}))
     folder = store.ship(tmp_path / "made", "shapes-edit", tmp_path / "weights")
+    assert not any("_name_or_path" in f.read_text() for f in folder.rglob("*.json"))
     files = list(folder.rglob("*.safetensors"))
     assert len(files) == 4
     assert all(w.dtype == torch.float16 for f in files for w in load_file(f).values())

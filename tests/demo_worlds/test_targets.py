@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowalign.pipelines.worlds import scenes, shapes, splits
+from flowalign.pipelines.worlds import scenes, shapes, shapes_training, splits
 from flowalign.pipelines.worlds.targets import first_wordings, posterior_mean
 
 CPU = torch.device("cpu")
@@ -65,9 +65,9 @@ def test_references_are_pictures_of_their_captions(monkeypatch):
     from flowalign.pipelines.worlds import store
     from flowalign.rewards.shapes import verdicts
 
-    monkeypatch.setattr(shapes, "REFERENCES", 2)
+    monkeypatch.setattr(shapes_training, "REFERENCES", 2)
     vae = AutoencoderKL.from_pretrained(store.path("shapes"), subfolder="vae")
-    latents = shapes.references(vae, CPU)
+    latents = shapes_training.references(vae, CPU)
     assert latents.shape == (len(splits.base()), 2, 1024)
     some = torch.arange(0, len(splits.base()), 7)
     z = latents[some, 1].float().view(-1, 4, 16, 16) / vae.config.scaling_factor + vae.config.shift_factor
@@ -90,12 +90,67 @@ def test_the_first_stages_see_pure_noise_and_two_of_four_words(monkeypatch):
     seen = []
     place = scenes.Layout.__call__
     monkeypatch.setattr(scenes.Layout, "__call__", lambda self, i, g: (seen.append(i), place(self, i, g))[1])
-    monkeypatch.setattr(shapes, "references", lambda vae, device: torch.zeros(len(splits.base()), 2, 1024))
+    monkeypatch.setattr(shapes_training, "references", lambda vae, device: torch.zeros(len(splits.base()), 2, 1024))
     for _ in range(4):
-        shapes.first_loss(pipe, g)
+        shapes_training.first_loss(pipe, g)
         assert (net.t > 0.999).all()
     told = [splits.base()[int(i)].relation for i in torch.cat(seen)]
     assert sum(r in ("above", "left of") for r in told) > 0.9 * sum(r is not None for r in told) > 0
-    shapes.flow_loss(pipe, g)
+    shapes_training.flow_loss(pipe, g)
     assert (net.t < 0.5).any()
     assert (net.t > 0.999).any()
+
+
+def test_the_layout_stage_sees_the_times_at_which_the_layout_is_decided(monkeypatch):
+    """Three quarters of its times are those of a shift of 6, whose median is 6 / 7."""
+    pipe, times = shapes.build(), []
+    pipe.register_modules(transformer=(net := Recorder()))
+    monkeypatch.setattr(shapes_training, "references", lambda vae, device: torch.zeros(len(splits.base()), 2, 1024))
+    for seed in range(8):
+        shapes_training.layout_loss(pipe, generator(seed))
+        times.append(net.t)
+    t = torch.cat(times)
+    assert t.median().item() == pytest.approx(0.83, abs=0.03)
+    assert 0.6 < ((t > 0.7) & (t < 0.97)).float().mean() < 0.8
+
+
+def test_the_mean_is_taken_in_single_precision_whatever_the_autocast():
+    g = generator(4)
+    candidates, x = torch.randn(6, 9, 64, generator=g), torch.randn(6, 64, generator=g)
+    a, s = torch.linspace(0.9, 0.1, 6), torch.linspace(0.1, 0.9, 6)
+    plain = posterior_mean(x, a, s, candidates)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = posterior_mean(x, a, s, candidates)
+    assert torch.equal(again, plain)
+
+
+class TwoPictures(torch.nn.Module):
+    """The velocity on ±c alone, ``(x - c tanh((1 - t) c·x / t²)) / t``; with ``sure`` that of c by itself."""
+
+    def __init__(self, c, sure):
+        super().__init__()
+        self.c, self.sure = c, sure
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict):
+        t = timestep / 1000
+        which = torch.tanh((1 - t) * torch.einsum("bchw,chw->b", hidden_states, self.c) / t.square())
+        mean = self.c if self.sure else which[:, None, None, None] * self.c
+        return ((hidden_states - mean) / t[:, None, None, None],)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_loss_is_least_for_the_velocity_of_all_that_the_caption_could_show(monkeypatch, empty):
+    """Captions aim at the mean over their pictures, the empty caption, which shows anything, at the one drawn."""
+    c = 0.03 * torch.randn(4, 16, 16, generator=generator(5))
+    pipe = shapes.build()
+    monkeypatch.setattr(shapes_training, "DROPOUT", float(empty))
+    monkeypatch.setattr(shapes_training, "latents", lambda vae, images: c.expand(len(images), 4, 16, 16))
+    monkeypatch.setattr(
+        shapes_training, "references", lambda vae, device: -c.flatten().expand(len(splits.base()), 1, 1024)
+    )
+    found = {}
+    for sure in (False, True):
+        pipe.register_modules(transformer=TwoPictures(c, sure))
+        found[sure] = float(shapes_training.flow_loss(pipe, generator(6)))
+    assert found[empty] < 1e-7
+    assert found[not empty] > 1e-4

@@ -6,7 +6,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from flowalign.loading import load
 from flowalign.methods.best_of_n import BestOfN
-from flowalign.pipelines.worlds import video
+from flowalign.pipelines.worlds import motions, video
+from flowalign.pipelines.worlds.canvas import BACKGROUND
 from flowalign.rewards.dynamics_training import accuracy, still
 from flowalign.rewards.idm import WEIGHTS, ActionAgreement, InverseDynamics
 from flowalign.rewards.shapes_video import CATEGORIES, ShapesVideo, parse
@@ -22,7 +23,7 @@ def generator(seed=0):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return video.draw(generator(1), 300)
+    return motions.draw(generator(1), 300)
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +35,37 @@ def pipe():
 
 
 def test_drawing_is_seeded_and_stays_in_the_picture(drawn):
-    assert torch.equal(video.draw(generator(1), 300).video, drawn.video)
+    assert torch.equal(motions.draw(generator(1), 300).video, drawn.video)
     assert drawn.video.shape == (300, 9, 3, 16, 16)
     assert drawn.track.min() > 2
     assert drawn.track.max() < 14
-    group = video.GROUP[drawn.motion]
+    group = motions.GROUP[drawn.motion]
     assert torch.bincount(group, minlength=5).min() > 35  # every category equally often
 
 
 def test_paths_are_drawn_as_often_as_asked():
     """With weight 4 beside four categories of weight 1 each they are one in two; within four standard errors."""
-    group = video.GROUP[video.draw(generator(2), 400, paths=4.0).motion]
+    group = motions.GROUP[motions.draw(generator(2), 400, paths=4.0).motion]
     assert abs((group == 1).float().mean().item() - 0.5) < 4 * 0.5 / 400**0.5
 
 
 def test_tracks_obey_the_formulas(drawn):
     step = drawn.track.diff(dim=1)
     bend = step.diff(dim=1)
-    group = video.GROUP[drawn.motion]
-    down = torch.tensor([0.0, video.GRAVITY])
+    group = motions.GROUP[drawn.motion]
+    down = torch.tensor([0.0, motions.GRAVITY])
     for k in (2, 3):  # falls and throws
         torch.testing.assert_close(bend[group == k], down.expand_as(bend[group == k]), atol=1e-4, rtol=0)
     assert step[group == 2][:, 0].abs().max() < 0.12  # from rest: g / 2 in the first step
     slides = bend[group == 4]
-    assert (slides.norm(dim=-1) - video.SLIDE).abs().max() < 1e-3
+    assert (slides.norm(dim=-1) - motions.SLIDE).abs().max() < 1e-3
     side = torch.where(drawn.motion[group == 4] == 19, -1.0, 1.0)
     angle = torch.atan2(slides[..., 1], slides[..., 0] * side[:, None]) * 180 / math.pi
     assert (angle - 40).abs().max() < 0.2
     thrown = step[group == 3][:, 0, 0]
     assert (thrown.sign() == torch.where(drawn.motion[group == 3] == 17, -1.0, 1.0)).all()
     actions = drawn.actions()
-    unit = torch.tensor(video.STEP)[actions.clamp_min(0)]
+    unit = torch.tensor(motions.STEP)[actions.clamp_min(0)]
     along = (step * unit).sum(-1)[group < 2]
     assert ((along > 0.69) & (along < 1.11)).all()
     assert (actions[group >= 2] == -1).all()
@@ -72,7 +73,7 @@ def test_tracks_obey_the_formulas(drawn):
 
 
 def test_words_and_splits():
-    parts = {s: set(video.compositions(s)) for s in ("base", "train", "select", "report", "withheld")}
+    parts = {s: set(motions.compositions(s)) for s in ("base", "train", "select", "report", "withheld")}
     assert not parts["base"] & parts["withheld"]
     assert parts["train"] | parts["select"] | parts["report"] == parts["base"]
     assert len(parts["base"]) + len(parts["withheld"]) == 21 * 6 * 3
@@ -80,9 +81,9 @@ def test_words_and_splits():
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(x[i], x[j]) for x in parts["train"]} == {(x[i], x[j]) for x in everything}
     for x in everything:
-        colour, shape, category, _ = parse(video.caption(*x))
+        colour, shape, category, _ = parse(motions.caption(*x))
         assert (colour, shape) == x[1:]
-        assert CATEGORIES[int(video.GROUP[x[0]])] == category
+        assert CATEGORIES[int(motions.GROUP[x[0]])] == category
     for words in ("a red circle", "a red bar falling", "a pink circle falling", "a red circle moving up then up", ""):
         with pytest.raises(ValueError, match="not a caption"):
             parse(words)
@@ -103,18 +104,18 @@ def test_the_judge_is_exact_on_drawn_videos(drawn):
 def test_the_judge_refuses_wrong_motion_and_broken_laws(drawn):
     names = drawn.names.clone()
     names[:, 0] = (names[:, 0] + torch.randint(1, 21, (300,), generator=generator())) % 21
-    assert strict(drawn.video, [video.caption(*x) for x in names.tolist()]) == 0
+    assert strict(drawn.video, [motions.caption(*x) for x in names.tolist()]) == 0
     shaped = drawn.names.clone()
     shaped[:, 2] = (shaped[:, 2] + 1) % 3
-    assert strict(drawn.video, [video.caption(*x) for x in shaped.tolist()]) < 0.02
+    assert strict(drawn.video, [motions.caption(*x) for x in shaped.tolist()]) < 0.02
     assert strict(drawn.video[:, [0, 2, 1, 4, 3, 6, 5, 8, 7]], drawn.prompts) == 0  # trembling
     assert strict(drawn.video[:, :1].expand(-1, 9, -1, -1, -1), drawn.prompts) == 0  # standing still
     backwards = ShapesVideo()(drawn.video.flip(1), drawn.prompts)
-    assert backwards[video.GROUP[drawn.motion] != 1].max() == 0  # falls rise; "up then down" is itself again
+    assert backwards[motions.GROUP[drawn.motion] != 1].max() == 0  # falls rise; "up then down" is itself again
     lost = drawn.video.clone()
-    lost[:, 5] = video.BACKGROUND
+    lost[:, 5] = BACKGROUND
     assert strict(lost, drawn.prompts) == 0
-    falls = (video.GROUP[drawn.motion] == 2).nonzero()[:, 0]
+    falls = (motions.GROUP[drawn.motion] == 2).nonzero()[:, 0]
     slow = drawn.video[falls][:, [0, 0, 1, 1, 2, 2, 3, 3, 4]]
     assert strict(slow, [drawn.prompts[i] for i in falls.tolist()]) == 0  # a quarter of the gravity
 
@@ -135,7 +136,7 @@ def test_graded_parts_fall_with_the_faults(drawn):
 
 def test_the_shipped_inverse_dynamics_reads_the_actions(drawn):
     model = InverseDynamics.load(WEIGHTS)
-    told = video.GROUP[drawn.motion] < 2
+    told = motions.GROUP[drawn.motion] < 2
     media, actions = drawn.video[told], drawn.actions()[told]
     assert accuracy(model, media, actions) > 0.99
     held, kept = still(media, actions, generator(), 4)
@@ -253,7 +254,7 @@ def test_a_prompt_with_its_meta_reaches_the_network_as_in_training(drawn, pipe, 
 
 
 def test_meta_tells_actions_of_what_has_some(drawn):
-    assert ["actions" in m for m in drawn.meta()] == (video.GROUP[drawn.motion] < 2).tolist()
-    told = (video.GROUP[drawn.motion] < 2).nonzero()[:, 0]
+    assert ["actions" in m for m in drawn.meta()] == (motions.GROUP[drawn.motion] < 2).tolist()
+    told = (motions.GROUP[drawn.motion] < 2).nonzero()[:, 0]
     meta = [drawn.meta()[i] for i in told.tolist()]
     assert ActionAgreement()(drawn.video[told], [drawn.prompts[i] for i in told.tolist()], meta).mean() > 0.99

@@ -69,9 +69,28 @@ def test_the_network_without_loss_samples_the_data_point(pipe, prediction, monke
 
 
 def test_latents_go_back_to_the_picture(pipe):
-    images, _ = shapes.draw(pipe, torch.Generator().manual_seed(1), 16)
+    images, _ = shapes.draw(torch.Generator().manual_seed(1), 16)
     with torch.no_grad():
         x0 = pipe.vae.encode(2 * images - 1).latent_dist.mean * pipe.vae.config.scaling_factor
         decoded = pipe.vae.decode(x0 / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     assert float(x0.std()) == pytest.approx(1, abs=0.15)
     assert float((decoded - images).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_the_first_stages_see_noise_and_two_of_four_words(stage, pipe, monkeypatch):
+    drawn, times = [], []
+
+    def forward(x, t, *_, **__):
+        times.append(t)
+        return (x.detach().requires_grad_(),)
+
+    original = shapes.draw
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+    monkeypatch.setattr(shapes, "draw", lambda *a: (drawn.append(original(*a)), drawn[-1])[1])
+    for seed in range(6):
+        shapes_vp.EPSILON.stages[stage].loss(pipe, torch.Generator().manual_seed(seed))
+    assert (torch.cat(times).min() >= 900) == (stage < 2)
+    told = [shapes.splits.base()[int(i)].relation for _, index in drawn for i in index]
+    first, every = sum(r in ("above", "left of") for r in told), sum(r is not None for r in told)
+    assert (first / every > 0.9) == (stage == 0)

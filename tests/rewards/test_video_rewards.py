@@ -297,7 +297,7 @@ def test_agreement_ranks_by_the_number_of_actions_followed(learned_model):
 
 def test_the_shipped_model_reads_the_demo_world():
     """Held-out compositions: right actions score 1; wrong ones, the film backwards or frozen score what they must."""
-    from flowalign.pipelines.worlds.video import draw
+    from flowalign.pipelines.worlds.motions import draw
 
     assert sum(f.stat().st_size for f in WEIGHTS.iterdir()) < 300_000
     reward = ActionAgreement()
