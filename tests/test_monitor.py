@@ -15,6 +15,7 @@ from flowalign.build import WORLDS, Facts, build
 from flowalign.config import Evaluation, RunConfig, default
 from flowalign.evaluate import DRIFT_TIMES, Exam, Outcome, thumbnails
 from flowalign.folder import Folder
+from flowalign.methods.flow_grpo import FlowGRPO
 from flowalign.monitor import grouped, hacking, marks, path_kl, spread, within
 from flowalign.prepare import prepare
 from flowalign.run import train
@@ -118,9 +119,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("hacked")
     (root / "p.txt").write_text("a\nb\n")
     base = default("flow-grpo")
+    method = FlowGRPO(noise=0.8, noise_law="cps", window=(0, 3), clip=None, ratio="mse", kl=0.0, std="group")
     return replace(
         base, pipeline="tests.runworld:pipeline", reward="tests.hackable:Bright", prompts=str(root / "p.txt"),
-        output=root / "run", trackers=(), device="cpu", ema=None, method=replace(base.method, kl=0.0),
+        output=root / "run", trackers=(), device="cpu", ema=None, method=method,
         fit=replace(base.fit, iterations=24, groups=2, size=16, steps=4, lr=4e-2, warmup=0),
         evaluation=Evaluation(
             rewards="tests.hackable:Pleasant, tests.hackable:Honest", images=20, every=3, check=40

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.benchmarks.credit_table import at, claims, draw, mean, parts, reach, read, table  # noqa: E402
 
-__all__ = ["at", "claims", "configuration", "draw", "mean", "one", "parts", "reach", "read", "table"]
+__all__ = ["EARLY", "at", "claims", "configuration", "draw", "mean", "one", "parts", "reach", "read", "table"]
 
 TUNING = (100, 101)  # seeds that learning rates are chosen on, and no figure is reported from
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of each budget, at which the policy is judged
@@ -80,11 +80,15 @@ class World:
     walk: float | None = None
 
 
+EARLY: Settings = {"noise": 0.8, "noise_law": "cps", "window": (0, 3), "ratio": "mse", "std": "group",
+                   "shared_noise": False}  # fmt: skip
+"""Flow-GRPO as in the demo of 21 November 2026, with which all comparisons were made: noise on the first steps."""
+
 ROWS: dict[str, Settings] = {
-    "flow-grpo": {"name": "flow-grpo", "kl": 0.0},
-    "permuted": {"name": "flow-grpo", "kl": 0.0, "permute": True},
+    "flow-grpo": {"name": "flow-grpo", "kl": 0.0, **EARLY},
+    "permuted": {"name": "flow-grpo", "kl": 0.0, **EARLY, "permute": True},
     "flow-sde": {"name": "flow-grpo", "kl": 0.0, "noise": 0.7, "noise_law": "flow", "window": None, "ratio": "per_dim",
-                 "clip": 1e-3},
+                 "std": "group", "shared_noise": False, "clip": 1e-3},
     "grpo-guard": {"name": "grpo-guard"},
     "dance-grpo": {"name": "dance-grpo"},
     "mix-grpo": {"name": "mix-grpo"},
@@ -183,6 +187,8 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
         rate = world.walk / STEPS_AN_ITERATION[row] ** 0.5
     fit = {**world.data.get("fit", {}), "seed": seed, "iterations": 10**9, **({"lr": rate} if rate else {})}
     data = {"device": device, **world.data, "permute": method.pop("permute", False), "method": method, "fit": fit}
+    if method["name"] == "flow-grpo":
+        data["ema"] = 0.9  # EARLY's
     data["trackers"] = []
     data["evaluation"] = {**data.get("evaluation", {}), "images": world.images}
     return compose(data, None, where=row)

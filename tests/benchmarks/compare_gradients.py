@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from tests.benchmarks.compare_credit import EARLY
 from tests.benchmarks.gradients_table import LABELS, RESULTS, draw, table
 
 STEPS, SCALE = 10, 100.0
@@ -59,7 +60,7 @@ def methods() -> dict[str, dict[str, Any]]:
         "adjoint-matching": ({"name": "adjoint-matching", "scale": SCALE, "late": 3, "early": 2}, steps, STEPWISE),
         "rtb": ({"name": "rtb", "scale": SCALE}, groups | {"batch": 8}, STEPWISE),
         "nabla-db": ({"name": "nabla-db", "scale": SCALE, "fraction": 0.5}, steps, STEPWISE),
-        "flow-grpo": ({"name": "flow-grpo"}, groups | {"batch": 96}, POLICY),
+        "flow-grpo": ({"name": "flow-grpo", "kl": 0.02, **EARLY}, groups | {"batch": 96}, POLICY),
     }
     table |= {n: ({"name": n}, {}, TAPED) for n in ("srpo", "instruct-video", "ipro", "ctrl-u", "r0")}
     table["forward-looking"] = ({"name": "forward-looking", "scale": SCALE}, {}, STEPWISE)
