@@ -25,7 +25,7 @@ $(READY): pyproject.toml
 demo: $(READY)  ## align the little text-to-image model by two methods, 8 minutes on 2 cores
 	$(RUN) -m flowalign demo
 
-demo-full: $(READY)  ## the long demo, 25 minutes
+demo-full: $(READY)  ## the long demo, 32 minutes
 	$(RUN) -m flowalign demo --full
 
 test: $(READY) lint types  ## lint, types and the default tests

@@ -104,12 +104,12 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
     # the runs start, judge their small exam, are judged, and write reports outside the time they train in
     left = options.total - (time.perf_counter() - began) - 1.2 * judged - 30
     seconds = max(left, 5.0)
-    runs = [Child.start(m, m, options, seconds, *more, *_settings(m, options)) for m in ("flow-grpo", "diffusion-nft")]
+    runs = [Child.start(m, m, options, seconds, *more, *_settings(options)) for m in ("flow-grpo", "diffusion-nft")]
     wait(runs, progress)
     labels = ["Flow-GRPO", "DiffusionNFT", _unregularised(options)[0]]
     folders = [*(r.folder for r in runs), Folder(options.output / "unregularised")]
     if options.control:
-        how = [*more, *_settings("diffusion-nft", options), "--permute"]
+        how = [*more, *_settings(options), "--permute"]
         control = Child.start("control", "diffusion-nft", options, seconds, *how)
         wait([control], progress)
         folders.append(control.folder)
@@ -149,9 +149,9 @@ def _base(options: DemoOptions, progress: bool) -> tuple[float, list[str]]:
     return seconds, [*exam, "--evaluation.base", str(base.path / "before.pt")]
 
 
-def _settings(method: str, options: DemoOptions) -> list[str]:
-    """Return the preset of a method; twenty minutes want smaller steps than four."""
-    return ["--preset", "demo-long"] if options.full and method == "diffusion-nft" else []
+def _settings(options: DemoOptions) -> list[str]:
+    """Return the preset of both methods; half an hour wants smaller steps than four minutes."""
+    return ["--preset", "demo-long"] if options.full else []
 
 
 def _exam(every: int, images: int) -> list[str]:

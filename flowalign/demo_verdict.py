@@ -28,7 +28,7 @@ def verdict(summaries: dict[str, dict[str, Any]], focus: str, full: bool = False
     figures = {name: _figures(s, focus) for name, s in summaries.items()}
     two = sorted(list(figures.values())[:2], key=lambda f: -f["gain"][0])
     need = FULL_GAIN if full else GAIN
-    # twenty minutes are for the better one: the full demo promises nothing of the other but that it does no harm
+    # half an hour is for the better one: the full demo promises nothing of the other but that it does no harm
     other = {} if full else {f"the other gains {100 * OTHER_GAIN:.0f} points": two[1]["gain"][0] >= OTHER_GAIN}
     promises = {
         f"the better gains {100 * need:.0f} points and five standard errors": two[0]["gain"][0] >= need

@@ -102,11 +102,11 @@ def test_the_base_and_the_unregularised_run_are_judged_alike(
     assert free.endswith(own) and base.endswith(own)
 
 
-@pytest.mark.parametrize(("full", "wanted"), [(False, []), (True, ["diffusion-nft", "control"])])
+@pytest.mark.parametrize(("full", "wanted"), [(False, []), (True, ["flow-grpo", "diffusion-nft", "control"])])
 def test_the_long_demo_takes_smaller_steps(
     full: bool, wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so does its control, which is the same run but for the permuted rewards."""
+    """And so does the control, DiffusionNFT but for the permuted rewards."""
     asked: dict[str, tuple[str, ...]] = {}
 
     def begin(name: str, method: str, options: DemoOptions, seconds: float, *more: str) -> Child:

@@ -11,7 +11,7 @@ training to a few early steps, the rest being the ODE (Flow-GRPO-Fast, MixGRPO).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -88,6 +88,12 @@ class FlowGRPO(Training):
         fit = FitOptions(
             iterations=4000, groups=48, size=24, batch=9, accumulate=576, lr=3e-4, filter_groups=True, ema_every=8
         )
+        one = cls(
+            noise=0.6, noise_law="cps", window=(2, 3), clip=None, ratio="mse", kl=5e-4, kl_scale="velocity",
+            shared_noise=True,
+        )  # fmt: skip
+        demo = FitOptions(iterations=400, groups=8, size=16, steps=6, batch=192, lr=2e-4, betas=(0.9, 0.99),
+                          weight_decay=0.0, warmup=5)  # fmt: skip
         note = (
             "two optimiser steps per rollout, fewer where most groups have no variance and are left out. Not run here."
         )
@@ -100,14 +106,12 @@ class FlowGRPO(Training):
                 note=f"Flow-CPS on SD3.5-M, {note}",
             ),
             "demo": Preset(
-                cls(noise=0.6, noise_law="cps", window=(2, 3), clip=None, ratio="mse", kl=5e-4, kl_scale="velocity",
-                    shared_noise=True),
-                FitOptions(iterations=400, groups=8, size=16, steps=6, batch=192, lr=2e-4, betas=(0.9, 0.99),
-                           weight_decay=0.0, warmup=5),
-                None,
-                ema=0.97,
-                guidance=False,
+                one, demo, None, ema=0.97, guidance=False,
                 note="shapes: all weights; of six steps one draws noise, from t = .8 to .67, and a group shares what "
                 "comes before it (Flow-GRPO-Fast). Rough samples of six steps teach, ten are judged.",
+            ),
+            "demo-long": Preset(
+                replace(one, kl=1e-3), replace(demo, lr=1e-4), None, ema=0.98, guidance=False,
+                note="shapes, half an hour: smaller steps, more of them.",
             ),
         }  # fmt: skip
