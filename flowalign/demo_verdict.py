@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.facts import WORLDS
+from flowalign.facts import WORLDS, focus_of
 from flowalign.folder import Folder
 
-__all__ = ["focus_of", "report", "table", "verdict"]
+__all__ = ["focus", "report", "table", "verdict"]
 
 GAIN, OTHER_GAIN, FULL_GAIN, KEPT, HARM = 0.10, 0.04, 0.25, 0.80, -0.03
 
@@ -40,10 +40,11 @@ def verdict(summaries: dict[str, dict[str, Any]], focus: str, full: bool = False
     return {"focus": focus, "runs": figures, "promises": promises}
 
 
-def focus_of(folder: Folder, categories: Iterable[str]) -> str:
-    """Return the category that the training prompts dwell on: the demo world's focus, or the first one elsewhere."""
-    facts = WORLDS.get(folder.config().pipeline)
-    return next(iter(categories)) if facts is None else facts.focus
+def focus(folder: Folder, categories: Iterable[str]) -> str:
+    """Return the category that the training prompts dwell on, the world's where they do not say, or the first one."""
+    config = folder.config()
+    facts = WORLDS.get(config.pipeline)
+    return focus_of(config) or (next(iter(categories)) if facts is None else facts.focus)
 
 
 def _figures(summary: dict[str, Any], focus: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flowalign.config import RunConfig
 from flowalign.prompts import read_prompts
 from flowalign.source import Prompt
 
-__all__ = ["WORLDS", "Facts", "judged_by", "resolve_world", "world_prompts"]
+__all__ = ["WORLDS", "Facts", "focus_of", "judged_by", "resolve_world", "world_prompts"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ def resolve_world(config: RunConfig) -> RunConfig:
     )
 
 
+def focus_of(config: RunConfig) -> str:
+    """Return the category that the prompts of a run dwell on, whatever came of it; "" where they do not say."""
+    world, _, name = (config.prompts or f"{config.pipeline}:focus").partition(":")
+    if world not in WORLDS:
+        return ""
+    return (_share(world, name) or ("", 0))[0]
+
+
 def judged_by(facts: Facts | None, given: str | None) -> str:
     """Return the specification of the rewards of an evaluation: the world's judge, then those given, each once."""
     terms = [t.strip() for spec in (facts.judge if facts is not None else "", given or "") for t in spec.split(",")]
@@ -96,14 +104,21 @@ def world_prompts(world: str, name: str) -> list[Prompt]:
     from flowalign.pipelines.worlds.scenes import CATEGORIES
 
     folder = Path(worlds.__file__).parent / "prompts"
-    if found := re.fullmatch(rf"(focus|{'|'.join(CATEGORIES)})([1-9]\d*)?", name):
-        focus = WORLDS[world].focus if found[1] == "focus" else found[1]
-        return _focus(read_prompts(str(folder / "train.jsonl")), focus, int(found[2] or 3))
+    if share := _share(world, name):
+        return _focus(read_prompts(str(folder / "train.jsonl")), *share)
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         known = ["focus", *CATEGORIES, *sorted(p.stem for p in folder.glob("*.jsonl"))]
         raise ValueError(f"world {world} has no prompt set {name!r}; it has {', '.join(known)}.")
     return read_prompts(str(path))
+
+
+def _share(world: str, name: str) -> tuple[str, int] | None:
+    """Return category and share of a set that dwells on one, as ``focus`` and ``count7`` do; None for another set."""
+    from flowalign.pipelines.worlds.scenes import CATEGORIES
+
+    found = re.fullmatch(rf"(focus|{'|'.join(CATEGORIES)})([1-9]\d*)?", name)
+    return found and (WORLDS[world].focus if found[1] == "focus" else found[1], int(found[2] or 3))
 
 
 def _focus(prompts: Sequence[Prompt], focus: str, share: int) -> list[Prompt]:

@@ -15,6 +15,7 @@ from typing import Any
 from flowalign import curves
 from flowalign.config import to_dict
 from flowalign.evaluate import Outcome
+from flowalign.facts import focus_of
 from flowalign.folder import Folder
 from flowalign.media_files import data_uri, grid
 from flowalign.page import write_page
@@ -113,7 +114,10 @@ def write_report(
 
 
 def headline(runs: Sequence[Shown]) -> str:
-    """Return the category that gained most: the one that was asked to."""
+    """Return the category that the prompts of the first run dwell on; where nobody knows, the one that gained most."""
+    asked = focus_of(runs[0].folder.config())
+    if any(asked in r.accuracy for r in runs):
+        return asked
     gains = [(v["gain"][0], c) for r in runs for c, v in r.accuracy.items()]
     return max(gains)[1] if gains else ""
 

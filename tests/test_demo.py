@@ -117,7 +117,7 @@ def test_the_long_demo_takes_smaller_steps(
     monkeypatch.setattr(Child, "start", begin)
     monkeypatch.setattr(Folder, "summary", lambda self: summary(0.3))
     monkeypatch.setattr(demo, "_base", lambda options, progress: (1.0, ["--x"]))
-    monkeypatch.setattr(demo, "focus_of", lambda folder, categories: "count")
+    monkeypatch.setattr(demo, "focus", lambda folder, categories: "count")
     monkeypatch.setattr(demo, "report", lambda output, folders, labels: output)
     run(DemoOptions(full=full, control=True, output=tmp_path / "d", precision="fp32"), progress=False)
     assert list(asked) == ["flow-grpo", "diffusion-nft", "control"] and all(a[0] == "--x" for a in asked.values())

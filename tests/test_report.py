@@ -108,6 +108,26 @@ def test_headline(folders: list[Folder]) -> None:
     assert headline([replace(run, summary=summary)]) == "q" and headline([replace(run, summary={})]) == ""
 
 
+def test_headline_of_a_world(folders: list[Folder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the prompts dwell on a category it stands first, whatever gained more: it was chosen before."""
+    run = Shown.read(folders[0], "x", "red", "")
+    figures = {c: {"gain": [g, 0.0]} for c, g in (("mixed", 0.1), ("count", 0.3), ("relation", 0.0))}
+    for world, prompts, wanted in (
+        ("shapes", None, "mixed"),
+        ("shapes", "shapes:focus7", "mixed"),
+        ("shapes", "shapes:relation2", "relation"),
+        ("runs/mine/model", "shapes:focus", "mixed"),
+        ("shapes-turbo", "shapes-turbo:focus", "count"),
+        ("shapes", "shapes:single", "count"),
+        ("shapes", "shapes:train", "count"),
+        ("shapes", "mine.txt", "count"),
+    ):
+        config = replace(run.folder.config(), pipeline=world, prompts=prompts)
+        monkeypatch.setattr(Folder, "config", lambda self, config=config: config)
+        assert headline([replace(run, summary={"accuracy": figures})]) == wanted
+        monkeypatch.undo()
+
+
 def test_grid_and_files(tmp_path: Path) -> None:
     """Tiles are where they belong, framed by their verdict; media are written in the formats promised."""
     images = torch.stack([torch.full((3, 4, 4), v) for v in (0.0, 0.5, 1.0)])
