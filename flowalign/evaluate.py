@@ -62,7 +62,7 @@ def examine(
     """
     row = exam.rows()
     names = [category(exam.prompts[r]) for r in row.tolist()]
-    show = {i for c in exam.categories for i in _first(names, c, exam.keep, row)}
+    show = {i for c in exam.categories for i in _first(exam, row, c)}
     scores: dict[str, list[Tensor]] = {}
     codes, pictures, states, shown, small = [], [], [], [], []
     with policy.playing(role):
@@ -97,16 +97,23 @@ def thumbnails(media: Tensor, side: int = 8) -> Tensor:
     return small.flatten(1).cpu()
 
 
-def _first(names: list[str], name: str, keep: int, row: Tensor, prompts: int = 8) -> list[int]:
-    """Choose ``keep`` images of a category: the first ones of a few prompts that lie evenly among its prompts."""
-    by_prompt: dict[int, list[int]] = {}
-    for i, c in enumerate(names):
-        if c == name:
-            by_prompt.setdefault(int(row[i]), []).append(i)
-    every = list(by_prompt.values())
-    few = [every[k * len(every) // min(prompts, len(every))] for k in range(min(prompts, len(every)))]
-    order = [i for depth in range(max(map(len, few))) for p in few for i in p[depth : depth + 1]]
-    return order[:keep]
+def _first(exam: Exam, row: Tensor, name: str, prompts: int = 8) -> list[int]:
+    """Choose the images of a category that are kept: of a few prompts that lie evenly among all, as many as there are.
+
+    The same ones whatever the number of images, so that a short exam can be shown beside a long one; where few of them
+    have images, those of other prompts follow.
+    """
+    by_prompt: dict[int, list[int]] = {i: [] for i, p in enumerate(exam.prompts) if category(p) == name}
+    for i, r in enumerate(row.tolist()):
+        if r in by_prompt:
+            by_prompt[r].append(i)
+    mine, n = list(by_prompt), min(prompts, len(by_prompt))
+    few = [mine[k * len(mine) // n] for k in range(n)]
+    order: list[int] = []
+    for part in (few, [r for r in mine if r not in few]):
+        lists = [by_prompt[r] for r in part]
+        order += [i for depth in range(max(map(len, lists), default=0)) for p in lists for i in p[depth : depth + 1]]
+    return order[: exam.keep]
 
 
 def _chunks(

@@ -66,6 +66,21 @@ def test_pictures_are_kept_evenly() -> None:
     )
 
 
+def test_short_exams_keep_pictures_of_the_same_prompts() -> None:
+    """Of twenty prompts eight evenly chosen ones; an exam with less than an image each keeps those of them that have
+    images, and then others."""
+    exam = Exam([Prompt(str(i), {"category": "x"}) for i in range(20)], 40, 4, keep=10)
+    spread = [0, 2, 5, 7, 10, 12, 15, 17]
+
+    def kept(images: int) -> list[int]:
+        o = look(replace(exam, images=images))
+        return [int(o.row[i]) for i in o.shown]
+
+    assert sorted(kept(40)) == sorted([*spread, 0, 2])
+    assert sorted(kept(13)) == sorted([0, 2, 5, 7, 10, 12, 1, 3, 4, 6])
+    assert kept(2) == [0, 1]
+
+
 def test_comparison_is_paired() -> None:
     """Gain and error are those of the differences, and the same weights differ by exactly nothing."""
     a, b = look(), look()
