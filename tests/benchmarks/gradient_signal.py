@@ -12,7 +12,8 @@ is: the noises of the two are independent. Its square grows with the iterations 
 square over seconds, ranks recipes. It says nothing of one that is right in another direction.
 
 What decided Flow-GRPO's demo (shapes, 22 November 2026, mixed scenes three to one, one thread; CPS noise, six steps of
-shift 2, whose times are 1, .91, .8, .67, .5, .29, 0; 45 to 110 s each, by the throwaway script that became this file):
+shift 2, whose times are 1, .91, .8, .67, .5, .29, 0, and "steps 1-3" are the second and the third; 45 to 110 s each, by
+the throwaway script that became this file):
 
     recipe                                          s an iteration   cosine with DiffusionNFT's   per 100 s
     diffusion-nft itself, another seed, two updates      2.3                  .78                   1.02
