@@ -98,21 +98,19 @@ def thumbnails(media: Tensor, side: int = 8) -> Tensor:
 
 
 def _first(exam: Exam, row: Tensor, name: str, prompts: int = 8) -> list[int]:
-    """Choose the images of a category that are kept: of a few prompts that lie evenly among all, as many as there are.
+    """Choose the images of a category that are kept: the first ones of a few prompts that lie evenly among all.
 
-    The same ones whatever the number of images, so that a short exam can be shown beside a long one; where few of them
-    have images, those of other prompts follow.
+    The same prompts whatever the number of images, so that a short exam can be shown beside a long one; in place of
+    those that have no image the first others.
     """
     by_prompt: dict[int, list[int]] = {i: [] for i, p in enumerate(exam.prompts) if category(p) == name}
     for i, r in enumerate(row.tolist()):
         if r in by_prompt:
             by_prompt[r].append(i)
     mine, n = list(by_prompt), min(prompts, len(by_prompt))
-    few = [mine[k * len(mine) // n] for k in range(n)]
-    order: list[int] = []
-    for part in (few, [r for r in mine if r not in few]):
-        lists = [by_prompt[r] for r in part]
-        order += [i for depth in range(max(map(len, lists), default=0)) for p in lists for i in p[depth : depth + 1]]
+    even = [mine[k * len(mine) // n] for k in range(n)]
+    few = [by_prompt[r] for r in dict.fromkeys([*even, *mine]) if by_prompt[r]][:n]
+    order = [i for depth in range(max(map(len, few), default=0)) for p in few for i in p[depth : depth + 1]]
     return order[: exam.keep]
 
 
