@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.demo_options import DemoOptions, check, of_base
-from flowalign.demo_verdict import focus, report, table, verdict
+from flowalign.demo_verdict import report, rewarded, table, verdict
 from flowalign.folder import Folder
 from flowalign.precision import quicker
 
@@ -115,7 +115,7 @@ def run(options: DemoOptions, progress: bool = True) -> dict[str, Any]:
         folders.append(control.folder)
         labels.append("control: permuted rewards")
     summaries = {n: f.summary() for n, f in zip(labels, folders, strict=True)}
-    found = verdict(summaries, focus(folders[0], next(iter(summaries.values()))["accuracy"]), options.full)
+    found = verdict(summaries, rewarded(folders[0], next(iter(summaries.values()))["accuracy"]), options.full)
     found["seconds"] = time.perf_counter() - began
     (options.output / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     path = report(options.output, folders, labels)

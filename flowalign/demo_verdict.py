@@ -9,7 +9,7 @@ from typing import Any
 from flowalign.facts import WORLDS, focus_of
 from flowalign.folder import Folder
 
-__all__ = ["focus", "report", "table", "verdict"]
+__all__ = ["report", "rewarded", "table", "verdict"]
 
 GAIN, OTHER_GAIN, FULL_GAIN, KEPT, HARM = 0.10, 0.04, 0.25, 0.80, -0.03
 
@@ -40,7 +40,7 @@ def verdict(summaries: dict[str, dict[str, Any]], focus: str, full: bool = False
     return {"focus": focus, "runs": figures, "promises": promises}
 
 
-def focus(folder: Folder, categories: Iterable[str]) -> str:
+def rewarded(folder: Folder, categories: Iterable[str]) -> str:
     """Return the category that the training prompts dwell on, the world's where they do not say, or the first one."""
     config = folder.config()
     facts = WORLDS.get(config.pipeline)

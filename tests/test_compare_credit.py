@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flowalign.methods.flow_grpo import FlowGRPO
 from tests.benchmarks import compare_credit as cc
 
 
@@ -23,6 +24,16 @@ def made(row: str, seed: int, gains: list[float], each: int = 250) -> dict:
             curve.append({**start, "why": f"{unit}:{part:g}", "iteration": n, "evaluations": each * n, "seconds": n,
                           "accuracy": [0.1 + gain, 0.01], "gain": [gain, 0.01], "spread": 1.0})  # fmt: skip
     return {"row": row, "seed": seed, "lr": 1e-3, "budgets": {"evaluations": 1000, "seconds": 4.0}, "curve": curve}
+
+
+def test_flow_grpo_is_compared_as_it_was() -> None:
+    """The demo's settings have changed since; the stored results are of those of 21 November 2026."""
+    config = cc.configuration(cc.WORLDS["shapes"], "flow-grpo", 0, None, "cpu")
+    assert config.method == FlowGRPO(0.8, "cps", (0, 3), None, "mse", 0.0, "velocity", "group", False)
+    assert (config.fit.lr, config.ema, config.lora, config.guidance) == (3.5e-4, 0.9, None, False)
+    short = cc.configuration(cc.WORLDS["shapes-short"], "flow-sde", 0, None, "cpu")
+    assert short.method == FlowGRPO(0.7, "flow", None, 1e-3, "per_dim", 0.0, "velocity", "group", False)
+    assert short.fit.lr == 2.1e-4
 
 
 def test_a_run_meets_both_budgets() -> None:

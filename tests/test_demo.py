@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowalign import demo
+from flowalign.config import default
 from flowalign.demo import Child, DemoOptions, run, wait
 from flowalign.demo_verdict import free as note_of
-from flowalign.demo_verdict import verdict
+from flowalign.demo_verdict import rewarded, verdict
 from flowalign.folder import Folder
 
 
@@ -117,12 +119,26 @@ def test_the_long_demo_takes_smaller_steps(
     monkeypatch.setattr(Child, "start", begin)
     monkeypatch.setattr(Folder, "summary", lambda self: summary(0.3))
     monkeypatch.setattr(demo, "_base", lambda options, progress: (1.0, ["--x"]))
-    monkeypatch.setattr(demo, "focus", lambda folder, categories: "count")
+    monkeypatch.setattr(demo, "rewarded", lambda folder, categories: "count")
     monkeypatch.setattr(demo, "report", lambda output, folders, labels: output)
     run(DemoOptions(full=full, control=True, output=tmp_path / "d", precision="fp32"), progress=False)
     assert list(asked) == ["flow-grpo", "diffusion-nft", "control"] and all(a[0] == "--x" for a in asked.values())
     assert [n for n, a in asked.items() if a[1:3] == ("--preset", "demo-long")] == wanted
     assert [n for n, a in asked.items() if "--permute" in a] == ["control"]
+
+
+def test_the_rewarded_category_is_fixed_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the prompts dwell on, a world's where they do not say, and elsewhere the first."""
+    folder = Folder(tmp_path)
+    for pipeline, prompts, wanted in (
+        ("shapes", "shapes:relation7", "relation"),
+        ("shapes", "mine.txt", "mixed"),
+        ("shapes-turbo", None, "count"),
+        ("my:pipeline", "mine.txt", "single"),
+    ):
+        config = replace(default("flow-grpo"), pipeline=pipeline, prompts=prompts)
+        monkeypatch.setattr(Folder, "config", lambda self, config=config: config)
+        assert rewarded(folder, ["single", "relation"]) == wanted
 
 
 def test_the_note_on_the_run_that_is_let_go_is_its_figures(tmp_path: Path) -> None:

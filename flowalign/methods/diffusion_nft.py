@@ -97,7 +97,7 @@ class DiffusionNFT(Training):
             ),
             "demo": Preset(
                 shared, fit, None, guidance=False,
-                note="shapes: all weights; 18 points on mixed scenes in four minutes at 99 % of the layouts.",
+                note="shapes: all weights; 15 to 20 points on mixed scenes in four minutes, 97 % of the layouts.",
             ),
             "demo-long": Preset(
                 shared, replace(fit, groups=12, batch=96, lr=3e-4), None, ema=0.97, guidance=False,

@@ -112,6 +112,6 @@ class FlowGRPO(Training):
             ),
             "demo-long": Preset(
                 replace(one, kl=1e-3), replace(demo, lr=1e-4), None, ema=0.98, guidance=False,
-                note="shapes, half an hour: smaller steps, more of them.",
+                note="shapes, half an hour: smaller steps, more of them; 13 points at 99 % of the layouts.",
             ),
         }  # fmt: skip

@@ -188,7 +188,7 @@ def configuration(world: World, row: str, seed: int, rate: float | None, device:
     fit = {**world.data.get("fit", {}), "seed": seed, "iterations": 10**9, **({"lr": rate} if rate else {})}
     data = {"device": device, **world.data, "permute": method.pop("permute", False), "method": method, "fit": fit}
     if method["name"] == "flow-grpo":
-        data["ema"] = 0.9  # EARLY's
+        data |= {"ema": 0.9, "fit": {"lr": 3.5e-4, **fit}}  # the other settings of EARLY's demo
     data["trackers"] = []
     data["evaluation"] = {**data.get("evaluation", {}), "images": world.images}
     return compose(data, None, where=row)
